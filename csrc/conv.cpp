@@ -1,0 +1,339 @@
+#include "conv.h"
+
+#include <algorithm>
+#include <climits>
+
+#include "errors.h"
+
+namespace sparseprune {
+namespace {
+
+constexpr int64_t kPanelBytes = 2 << 20;  // one chunk of an im2col panel stays in the second-level cache
+
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+int32_t narrow_offset(int64_t x) {
+    if (x > INT32_MAX || x < INT32_MIN) throw ValueError(message("a layer's packed input of ", x, " floats exceeds 2^31"));
+    return static_cast<int32_t>(x);
+}
+
+bool pointwise(const ConvShape& s) {
+    return s.taps.size() == 1 && s.min_qx == 0 && s.min_qy == 0 && s.window.stride[0] == 1 && s.window.stride[1] == 1;
+}
+
+bool same_plane(const ConvShape& s) {
+    return s.in.kind == s.out.kind && s.in.n == s.out.n && s.in.h == s.out.h && s.in.w == s.out.w;
+}
+
+bool lane_shifts_fit(const ConvShape& s) { return s.min_qx >= -15 && s.max_qx <= 15; }
+
+bool direct_fits(const ConvShape& s) {
+    if (!same_plane(s) || s.window.stride[0] != 1 || s.window.stride[1] != 1) return false;
+    if (s.out.kind == LayoutKind::flat) return pointwise(s);
+    return s.out.kind == LayoutKind::rows && lane_shifts_fit(s) && -s.min_qy <= s.in.margin && s.max_qy <= s.in.margin;
+}
+
+bool phases_fit(const ConvShape& s) {
+    if (s.out.kind != LayoutKind::rows || !lane_shifts_fit(s)) return false;
+    const int64_t available = (s.in.w + s.window.stride[1] - 1) / s.window.stride[1];  // columns of the widest phase
+    return std::min(s.out.w - 1 + s.max_qx, available - 1) < s.out.pitch;
+}
+
+}  // namespace
+
+std::vector<int> vector_counts(const ConvShape& s, Form form, WeightKind kind, const Kernels& k) {
+    const int64_t vr = s.out.row_vectors();
+    const bool shifted = (form == Form::direct || form == Form::phases) && (s.max_qx != 0 || s.min_qx != 0);
+    const int most = kind == WeightKind::single ? (shifted ? k.max_shift : k.max_single)
+               : kind == WeightKind::masked ? k.max_masked : k.max_dense;
+    std::vector<int> counts;
+    if (shifted) {
+        for (int64_t t = vr; t <= most; t += vr) counts.push_back(static_cast<int>(t));
+        return counts;
+    }
+    for (int t : {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14})
+        if (t <= most) counts.push_back(t);
+    return counts;
+}
+
+namespace {
+
+// ---- tiles ----
+
+uint16_t lanes(int64_t count) { return count >= 16 ? 0xFFFF : count <= 0 ? 0 : static_cast<uint16_t>((1u << count) - 1); }
+
+// Cuts `vectors` into tiles of at most `most`, multiples of `step`, as even as they come.
+void add_run(std::vector<Tile>& tiles, int64_t in, int64_t out, int64_t vectors, int64_t most, int64_t step, int64_t mask) {
+    const int64_t units = vectors / step, per = std::max<int64_t>(1, most / step), parts = (units + per - 1) / per;
+    int64_t done = 0;
+    for (int64_t p = 0; p < parts; ++p) {
+        const int64_t count = (units * (p + 1) / parts - units * p / parts) * step;
+        tiles.push_back({in + done * 16, out + done * 16, static_cast<int32_t>(count), static_cast<int32_t>(mask + done)});
+        done += count;
+    }
+}
+
+void make_masks(ConvPlan& p) {
+    const Layout& out = p.shape.out;
+    if (out.kind == LayoutKind::flat) {
+        const int64_t pixels = out.n * out.h * out.w;
+        for (int64_t v = 0; v * 16 < pixels; ++v) p.masks.push_back(lanes(pixels - v * 16));
+        return;
+    }
+    for (int64_t y = 0; y < out.h; ++y)
+        for (int64_t v = 0; v < out.row_vectors(); ++v) p.masks.push_back(lanes(out.w - v * 16));
+}
+
+void make_tiles(ConvPlan& p, int64_t in_offset, int64_t in_image, int64_t in_pitch, int64_t step) {
+    const Layout& out = p.shape.out;
+    const int64_t most = p.choice.vectors, vr = out.row_vectors();
+    if (out.kind == LayoutKind::flat) {
+        add_run(p.tiles, in_offset, 0, static_cast<int64_t>(p.masks.size()), most, 1, 0);
+    } else {
+        for (int64_t n = 0; n < out.n; ++n) {
+            if (in_pitch == out.pitch) {
+                add_run(p.tiles, in_offset + n * in_image, out.at(n, 0, 0), out.h * vr, most, step, 0);
+                continue;
+            }
+            for (int64_t y = 0; y < out.h; ++y)
+                add_run(p.tiles, in_offset + n * in_image + y * in_pitch, out.at(n, 0, y), vr, most, step, y * vr);
+        }
+    }
+    p.chunk_tiles = {0, p.tiles.size()};
+}
+
+void make_edges(ConvPlan& p) {
+    for (int64_t t = 0; t < 16; ++t) p.edges.push_back(t % p.shape.out.row_vectors() == 0 ? 0 : 0xFFFF);
+}
+
+// ---- columns: where weight column (channel, tap) of a group finds its input ----
+
+template <class Offset>
+std::vector<Column> make_columns(const ConvShape& s, const Offset& offset) {
+    std::vector<Column> columns;
+    columns.reserve(static_cast<size_t>(s.groups * s.columns()));
+    for (int64_t c = 0; c < s.groups * s.channels_per_group; ++c)
+        for (size_t t = 0; t < s.taps.size(); ++t) columns.push_back(offset(c, s.taps[t], static_cast<int64_t>(t)));
+    return columns;
+}
+
+std::vector<Column> plan_direct(ConvPlan& p) {
+    const ConvShape& s = p.shape;
+    const bool shifted = s.max_qx != 0 || s.min_qx != 0;
+    make_masks(p);
+    make_tiles(p, s.in.offset, s.in.image, s.in.pitch, shifted ? s.out.row_vectors() : 1);
+    return make_columns(s, [&](int64_t c, const Tap& tap, int64_t) {
+        return Column{narrow_offset(c * s.in.plane + tap.qy * s.in.pitch), static_cast<int32_t>(tap.qx)};
+    });
+}
+
+std::vector<Column> plan_copy(ConvPlan& p) {
+    const ConvShape& s = p.shape;
+    const bool halo = p.choice.form == Form::halo;
+    PhaseCopy& copy = p.copy;
+    const auto phase_of = [&](const Tap& tap) {
+        const std::array<int64_t, 2> wanted{tap.py, tap.px};
+        return std::find(copy.phases.begin(), copy.phases.end(), wanted) - copy.phases.begin();
+    };
+    for (const Tap& tap : s.taps)
+        if (phase_of(tap) == static_cast<int64_t>(copy.phases.size())) copy.phases.push_back({tap.py, tap.px});
+    copy.rows = s.out.h + s.max_qy - s.min_qy;
+    copy.pitch = halo ? round_up(s.out.w + s.max_qx - s.min_qx, 16) : s.out.pitch;
+    copy.first_column = halo ? s.min_qx : 0;
+    copy.phase = s.out.n * copy.rows * copy.pitch;
+    copy.plane = odd_lines(static_cast<int64_t>(copy.phases.size()) * copy.phase);
+    p.packed_floats = s.in.c * copy.plane + 64;
+    const bool shifted = !halo && (s.max_qx != 0 || s.min_qx != 0);
+    make_masks(p);
+    make_tiles(p, 0, copy.rows * copy.pitch, copy.pitch, shifted ? s.out.row_vectors() : 1);
+    return make_columns(s, [&](int64_t c, const Tap& tap, int64_t) {
+        const int64_t at = c * copy.plane + phase_of(tap) * copy.phase + (tap.qy - s.min_qy) * copy.pitch;
+        return halo ? Column{narrow_offset(at + tap.qx - s.min_qx), 0} : Column{narrow_offset(at), static_cast<int32_t>(tap.qx)};
+    });
+}
+
+// The input offset of output pixel (n, y, x) for a tap, or -1.
+int64_t source(const ConvShape& s, const Tap& tap, int64_t n, int64_t y, int64_t x) {
+    const int64_t iy = (y + tap.qy) * s.window.stride[0] + tap.py, ix = (x + tap.qx) * s.window.stride[1] + tap.px;
+    return iy < 0 || iy >= s.in.h || ix < 0 || ix >= s.in.w ? -1 : s.in.at(n, 0, iy) + ix;
+}
+
+// Fills one vector's lanes for every output vector: flat runs over all images, rows restart at each row.
+template <class Lane>
+void for_each_lane(const Layout& out, const Lane& lane) {
+    if (out.kind == LayoutKind::flat) {
+        for (int64_t p = 0; p < out.n * out.h * out.w; ++p) lane(p / 16, p % 16, p / (out.h * out.w), p / out.w % out.h, p % out.w);
+        return;
+    }
+    for (int64_t n = 0; n < out.n; ++n)
+        for (int64_t y = 0; y < out.h; ++y)
+            for (int64_t x = 0; x < out.w; ++x)
+                lane((n * out.h + y) * out.row_vectors() + x / 16, x % 16, n, y, x);
+}
+
+void make_index(ConvPlan& p) {
+    const ConvShape& s = p.shape;
+    const int64_t taps = static_cast<int64_t>(s.taps.size());
+    p.index.assign(static_cast<size_t>(taps * p.vectors * 16), -1);
+    for (int64_t t = 0; t < taps; ++t) {
+        for_each_lane(s.out, [&](int64_t v, int64_t lane, int64_t n, int64_t y, int64_t x) {
+            p.index[static_cast<size_t>((t * p.vectors + v) * 16 + lane)] = narrow_offset(source(s, s.taps[static_cast<size_t>(t)], n, y, x));
+        });
+    }
+    for (int64_t i = 0; i < taps * p.vectors; ++i) {
+        const int32_t* lane = p.index.data() + i * 16;
+        int32_t start = INT32_MIN;
+        uint16_t mask = 0;
+        bool contiguous = true;
+        for (int l = 0; l < 16; ++l) {
+            if (lane[l] < 0) continue;
+            if (mask && lane[l] != start + l) contiguous = false;
+            start = lane[l] - l;
+            mask = static_cast<uint16_t>(mask | 1u << l);
+        }
+        p.index_start.push_back(!contiguous ? INT32_MIN : mask ? start : 0);
+        p.index_masks.push_back(mask);
+    }
+}
+
+std::vector<Column> plan_panel(ConvPlan& p) {
+    const ConvShape& s = p.shape;
+    const Layout& out = s.out;
+    make_masks(p);
+    const int64_t per_image = static_cast<int64_t>(p.masks.size());
+    p.vectors = out.kind == LayoutKind::flat ? per_image : out.n * per_image;
+    const int64_t cols = s.groups * s.columns();
+    const int64_t fit = std::max<int64_t>(1, kPanelBytes / 64 / cols);
+    const int64_t chunk = std::min(p.vectors, std::max<int64_t>(fit / p.choice.vectors, 1) * p.choice.vectors);
+    p.panel_plane = odd_lines(chunk * 16);
+    p.packed_floats = cols * p.panel_plane;
+    make_index(p);
+    p.chunk_tiles = {0};
+    for (int64_t first = 0; first < p.vectors; first += chunk) {
+        p.chunk_vectors.push_back(first);
+        const int64_t end = std::min(first + chunk, p.vectors);
+        for (int64_t v = first; v < end;) {  // a run ends with the image in rows layout, where zero rows follow
+            const int64_t n = out.kind == LayoutKind::flat ? 0 : v / per_image, in_image = v - n * per_image;
+            const int64_t stop = std::min(end, (n + 1) * per_image);
+            add_run(p.tiles, (v - first) * 16, out.at(n, 0, 0) + in_image * 16, stop - v, p.choice.vectors, 1, in_image);
+            v = stop;
+        }
+        p.chunk_tiles.push_back(p.tiles.size());
+    }
+    p.chunk_vectors.push_back(p.vectors);
+    const int64_t taps = static_cast<int64_t>(s.taps.size());
+    return make_columns(s, [&](int64_t c, const Tap&, int64_t t) { return Column{narrow_offset((c * taps + t) * p.panel_plane), 0}; });
+}
+
+}  // namespace
+
+const char* form_name(Form form) {
+    static const char* const names[] = {"direct", "phases", "halo", "panel", "dot"};
+    return names[static_cast<int>(form)];
+}
+
+const char* kind_name(WeightKind kind) {
+    static const char* const names[] = {"single", "masked", "dense"};
+    return names[static_cast<int>(kind)];
+}
+
+ConvShape conv_shape(const Node& node, const Layout& in, const Layout& out) {
+    ConvShape s{in, out, node.window, node.groups, in.c / node.groups, {}, 0, 0, 0, 0};
+    if (node.op == Op::linear) s.window = Window{};
+    const Window& w = s.window;
+    for (int64_t ky = 0; ky < w.kernel[0]; ++ky)
+        for (int64_t kx = 0; kx < w.kernel[1]; ++kx) {
+            const int64_t y = ky * w.dilation[0] - w.padding[0], x = kx * w.dilation[1] - w.padding[2];
+            Tap t{0, floor_div(y, w.stride[0]), 0, floor_div(x, w.stride[1])};
+            t.py = y - t.qy * w.stride[0];
+            t.px = x - t.qx * w.stride[1];
+            s.taps.push_back(t);
+        }
+    const auto by_x = [](const Tap& a, const Tap& b) { return a.qx < b.qx; };
+    const auto by_y = [](const Tap& a, const Tap& b) { return a.qy < b.qy; };
+    s.min_qx = std::min_element(s.taps.begin(), s.taps.end(), by_x)->qx;
+    s.max_qx = std::max_element(s.taps.begin(), s.taps.end(), by_x)->qx;
+    s.min_qy = std::min_element(s.taps.begin(), s.taps.end(), by_y)->qy;
+    s.max_qy = std::max_element(s.taps.begin(), s.taps.end(), by_y)->qy;
+    return s;
+}
+
+int64_t direct_margin(const Node& node, const Shape& in, const Shape& out) {
+    if (node.op != Op::conv || node.dims != 2 || in[3] <= 8 || in[2] != out[2] || in[3] != out[3]) return 0;
+    const Window& w = node.window;
+    if (w.stride[0] != 1 || w.stride[1] != 1) return 0;
+    const int64_t below = (w.kernel[0] - 1) * w.dilation[0] - w.padding[0];
+    const int64_t margin = std::max<int64_t>({0, w.padding[0], below});
+    return margin <= 8 ? margin : 0;  // further than that the zero rows cost more than a copy
+}
+
+bool choice_fits(const ConvShape& s, const Choice& c, const Kernels& k) {
+    const bool shifted = s.max_qx != 0 || s.min_qx != 0;
+    if ((c.form == Form::direct || c.form == Form::phases) && shifted) {
+        if (c.kind != WeightKind::single || s.out.row_vectors() > k.max_shift) return false;
+    }
+    switch (c.form) {
+        case Form::direct: return direct_fits(s);
+        case Form::phases: return phases_fit(s);
+        case Form::halo: return s.out.kind == LayoutKind::rows;
+        case Form::panel: return s.out.kind == LayoutKind::rows || s.out.kind == LayoutKind::flat;
+        case Form::dot: return false;
+    }
+    return false;
+}
+
+std::vector<Choice> conv_choices(const ConvShape& s, double density, const Kernels& k) {
+    const bool depthwise = s.channels_per_group == 1 && s.groups > 1;
+    const int64_t vectors = s.out.kind == LayoutKind::flat ? (s.out.n * s.out.h * s.out.w + 15) / 16
+                                                           : s.out.n * s.out.h * s.out.row_vectors();
+    std::vector<WeightKind> kinds;
+    if (density > 0.6 && !depthwise) kinds = {WeightKind::dense, WeightKind::masked, WeightKind::single};
+    else if (density > 0.25 && !depthwise) kinds = {WeightKind::masked, WeightKind::single, WeightKind::dense};
+    else if (density > 0.07 && !depthwise) kinds = {WeightKind::single, WeightKind::masked};
+    else kinds = {WeightKind::single};
+    const bool panel_small = s.groups * s.columns() * vectors * 64 <= 4 * kPanelBytes;
+    std::vector<Choice> out;
+    for (WeightKind kind : kinds)
+        for (Form form : {Form::direct, Form::phases, Form::halo, Form::panel}) {
+            if (form == Form::panel && s.out.kind == LayoutKind::rows && !panel_small) continue;
+            if (form == Form::phases && direct_fits(s)) continue;
+            if (form == Form::halo && pointwise(s) && direct_fits(s)) continue;
+            if (form == Form::panel && pointwise(s) && direct_fits(s)) continue;
+            if (!choice_fits(s, {form, kind, 1}, k)) continue;
+            std::vector<int> counts = vector_counts(s, form, kind, k);
+            while (counts.size() > 1 && counts[counts.size() - 2] >= vectors) counts.pop_back();
+            // the default tile is the widest at hand up to eight vectors: enough chains, still in the first-level cache
+            std::stable_sort(counts.begin(), counts.end(), [](int a, int b) {
+                return std::abs(a - 7) < std::abs(b - 7);
+            });
+            for (int t : counts) out.push_back({form, kind, t});
+        }
+    return out;
+}
+
+ConvPlan plan_conv(const ConvShape& shape, const Weight& weight, const Choice& choice, const Kernels& kernels) {
+    ConvPlan p;
+    p.choice = choice;
+    const std::vector<int> counts = vector_counts(shape, choice.form, choice.kind, kernels);
+    if (std::find(counts.begin(), counts.end(), choice.vectors) == counts.end()) {
+        throw ValueError(message("vectors=", choice.vectors, " does not fit form=", form_name(choice.form)));
+    }
+    p.shape = shape;
+    std::vector<Column> columns;
+    switch (choice.form) {
+        case Form::direct: columns = plan_direct(p); break;
+        case Form::phases:
+        case Form::halo: columns = plan_copy(p); break;
+        case Form::panel: columns = plan_panel(p); break;
+        case Form::dot: throw ValueError("form=dot has no tiles");
+    }
+    p.weight = pack_weight(choice.kind, weight, shape.groups, columns, kernels.dense_rows);
+    make_edges(p);
+    // few vectors: more accumulators each, or the additions would wait for one another. Settled by the shape alone.
+    const size_t vectors = p.masks.size();
+    if (p.weight.shifts.size() <= 1 && choice.kind == WeightKind::single)
+        p.unroll = vectors <= 1 ? 4 : vectors <= 4 ? 2 : 1;
+    return p;
+}
+
+}  // namespace sparseprune

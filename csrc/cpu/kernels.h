@@ -1,0 +1,114 @@
+// What the core and the per-ISA kernels share: plain structs and one table of functions. No SIMD type crosses this file.
+// A "vector" is always 16 floats (one cache line), whatever the instruction set; layouts are therefore the same on all.
+#pragma once
+#include <stdint.h>
+
+namespace sparseprune {
+
+constexpr int64_t kLanes = 16;
+
+enum class KernelAct : int32_t { none, relu, relu6 };
+
+// A run of `count` vectors of output pixels, contiguous in the packed input and in the output.
+struct Tile {
+    int64_t in;      // float offset into the packed input
+    int64_t out;     // float offset into an output plane
+    int32_t count;   // vectors
+    int32_t masks;   // index of the first vector's mask
+};
+
+struct Entry {       // one kept weight
+    int32_t offset;  // float offset of its input, relative to the tile's
+    float value;
+};
+
+// What every SpMM kernel is told: out[row][pixels of the tile] = act(sum weight * in + bias + residual).
+struct SpmmJob {
+    const float* in;
+    float* out;              // already at the first row's plane 0
+    const float* bias;       // rows, or null
+    const float* residual;   // same layout as out, or null
+    int64_t plane;           // floats between two rows' planes in out
+    int64_t row_begin, row_end;
+    const Tile* tiles;
+    int64_t tile_count;
+    const uint16_t* masks;   // lanes that are real pixels; the others are stored as zero
+    KernelAct act;
+    // single rows: entries of row r, shift group g are [start[r*groups + g], start[r*groups + g + 1])
+    const int64_t* start;
+    const Entry* entries;
+    int32_t groups;
+    const int32_t* shifts;        // lane shift of each group; out[x] += acc[x + shift]
+    const uint16_t* row_edges;    // by vector of a tile: 0 where a row of pixels starts
+    int32_t unroll;               // 1, 2 or 4 accumulators a vector
+    // groups of 4 rows, columns sorted by mask: stream[group] points at words of (count << 4 | mask), then for each of count
+    // columns its offset and popcount(mask) values; 0 ends
+    const int64_t* stream_start;
+    const int32_t* stream;
+    // dense: values[block][k][R], column offsets shared by all rows of a group of the convolution
+    const float* dense;
+    const int32_t* dense_offsets;
+    int64_t dense_cols;
+    int64_t dense_rows_per_group;  // rows of one convolution group; a block never spans two
+    int64_t dense_group_offset;    // floats between the inputs of two groups
+};
+
+// im2col: panel[k][vector] from planes. index[tap][lane]: float offset in a channel's plane or -1 for zero.
+struct Im2colJob {
+    const float* in;
+    int64_t in_plane;
+    float* panel;
+    int64_t panel_plane;      // floats between two columns of the panel
+    int64_t taps, vectors, tap_vectors;  // tap_vectors: vectors of a tap in the tables below
+    const int32_t* index;     // 16 a vector
+    const int32_t* start;     // offset of lane 0 where the lanes are contiguous, INT32_MIN where they are not
+    const uint16_t* masks;    // lanes inside the image
+    int64_t channel_begin, channel_end;
+};
+
+// Copies a plane, or one phase of it (every sx-th column), row by row, with zeros outside.
+struct RowCopy {
+    const float* in;
+    float* out;
+    int64_t stride;        // between two read elements
+    int64_t lead, count, tail;  // zeros, elements, zeros written
+};
+
+struct PoolRow {           // one output row of a max or average pooling
+    const float* in;       // first row of the window
+    int64_t row_pitch;     // floats between its rows (dilation included)
+    int64_t rows;          // rows inside the image
+    int64_t in_width;
+    int64_t kernel, stride, dilation, left;  // horizontal window
+    float* out;
+    int64_t out_width;
+    float* scratch;        // in_width floats
+};
+
+struct Kernels {
+    const char* name;
+    int32_t dense_rows;                    // R of the dense kernel
+    int32_t max_single, max_shift, max_masked, max_dense;  // most vectors a tile may have
+    void (*single)(const SpmmJob&);        // any unroll; groups > 1: with lane shifts
+    void (*masked)(const SpmmJob&);
+    void (*dense)(const SpmmJob&);
+    // out[row] = act(sum value * x[col] + bias + residual): batch-1 linear, sparse and dense
+    void (*dot_sparse)(const int64_t* start, const int32_t* col, const float* value, const float* x, int64_t row_begin,
+                       int64_t row_end, const float* bias, const float* residual, float* out, KernelAct act);
+    void (*dot_dense)(const float* value, int64_t cols, const float* x, int64_t row_begin, int64_t row_end, const float* bias,
+                      const float* residual, float* out, KernelAct act);
+    void (*im2col)(const Im2colJob&);
+    void (*copy_row)(const RowCopy&);
+    void (*add_row)(const float* a, const float* b, float* out, int64_t count, KernelAct act);  // b may be null
+    void (*max_pool_row)(const PoolRow&);
+    void (*sum_pool_row)(const PoolRow&);  // sums; the caller scales
+    double (*sum_row)(const float* in, int64_t count);
+};
+
+const Kernels* kernels_scalar();
+#if defined(__x86_64__)
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+#endif
+
+}  // namespace sparseprune

@@ -1,0 +1,39 @@
+// Sixteen floats in one 512-bit register. Included only by kernels_avx512.cpp, inside its unnamed namespace.
+#pragma once
+
+using V = __m512;
+using Shift = __m512i;  // lane numbers of a shift over two registers
+
+constexpr const char* kName = "avx512";
+constexpr int kDenseRows = 8, kMaxSingle = 14, kMaxShift = 14, kMaxMasked = 5, kMaxDense = 3;
+
+inline V zero() { return _mm512_setzero_ps(); }
+inline V set1(float x) { return _mm512_set1_ps(x); }
+inline V loadu(const float* p) { return _mm512_loadu_ps(p); }
+inline void storeu(float* p, V v) { _mm512_storeu_ps(p, v); }
+inline V add(V a, V b) { return _mm512_add_ps(a, b); }
+inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V max_nan(V limit, V x) { return _mm512_max_ps(limit, x); }  // x where x is NaN
+inline V min_nan(V limit, V x) { return _mm512_min_ps(limit, x); }
+inline V keep_lanes(V v, uint16_t mask) { return _mm512_maskz_mov_ps(mask, v); }
+inline V load_lanes(const float* p, uint16_t mask) { return _mm512_maskz_loadu_ps(mask, p); }
+inline V gather(const float* base, const int32_t* index) {  // 0 where the index is negative
+    __m512i i = _mm512_loadu_si512(index);
+    __mmask16 inside = _mm512_cmpge_epi32_mask(i, _mm512_setzero_si512());
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, i, base, 4);
+}
+inline Shift make_shift(int dx) {
+    __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_and_si512(_mm512_add_epi32(lane, _mm512_set1_epi32(dx)), _mm512_set1_epi32(31));
+}
+// lane i is v[i + dx], or the neighbour's lane where that is outside v
+inline V shift_lanes(V v, V neighbour, Shift s, int) { return _mm512_permutex2var_ps(v, s, neighbour); }
+inline V even_lanes(V a, V b) {
+    return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b);
+}
+inline float sum_lanes(V v) {
+    __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}

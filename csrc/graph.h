@@ -1,0 +1,69 @@
+// The graph: operators with attributes, as read from docs/program.md's JSON, and shape inference on concrete sizes.
+#pragma once
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "block_csr.h"
+
+namespace sparseprune {
+
+using Shape = std::vector<int64_t>;
+std::string to_string(const Shape& shape);  // "(1, 3, 32, 32)"
+
+enum class Op { conv, linear, max_pool, avg_pool, adaptive_avg_pool, adaptive_max_pool, add, act, flatten };
+enum class Act { none, relu, relu6 };
+const char* op_name(Op op);
+
+// Spatial attributes are {h, w}; for dims == 1 the h part is neutral (kernel 1, stride 1, padding 0).
+struct Window {
+    std::array<int64_t, 2> kernel{1, 1}, stride{1, 1}, dilation{1, 1};
+    std::array<int64_t, 4> padding{0, 0, 0, 0};  // top, bottom, left, right
+};
+
+struct Weight {
+    Shape shape;                        // as torch has it
+    std::shared_ptr<const BlockCSR> sparse;  // exactly one of the two is set
+    std::shared_ptr<const std::vector<float>> dense;
+    int64_t rows() const { return shape[0]; }
+    int64_t cols() const;
+};
+
+struct Node {
+    Op op;
+    std::string name;  // the torch layer's
+    std::vector<int> inputs;
+    int weight = -1;  // index into Graph::weights
+    std::shared_ptr<const std::vector<float>> bias;
+    Act act = Act::none;
+    int dims = 2;
+    Window window;
+    int64_t groups = 1;
+    bool ceil_mode = false, count_include_pad = true;
+    int64_t divisor = 0;
+    std::array<int64_t, 2> output_size{0, 0};
+};
+
+struct Input {
+    std::string name;
+    std::vector<int64_t> size;       // -1 where symbolic
+    std::vector<std::string> symbol;  // empty where fixed
+};
+
+struct Graph {
+    std::vector<Input> inputs;
+    std::vector<Weight> weights;
+    std::vector<Node> nodes;
+    std::vector<int> outputs;
+    std::string tree;  // the output tree's JSON, given back to Python as it is (validated: tensors in it == outputs)
+    int value_count() const { return static_cast<int>(inputs.size() + nodes.size()); }
+};
+
+// The shape of every value for these input shapes. Throws ValueError naming input or layer, what was expected, what came.
+// Every extent is in [1, 2^31), every product of a shape in [1, 2^40).
+std::vector<Shape> infer_shapes(const Graph& graph, const std::vector<Shape>& inputs);
+
+}  // namespace sparseprune

@@ -1,0 +1,41 @@
+// PackedWeight: a weight in the order that one kernel and one geometry want. Built at plan time, never stored.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "graph.h"
+
+namespace sparseprune {
+
+enum class WeightKind { single, masked, dense };  // one row, groups of four rows by mask, all ones
+
+struct PackedWeight {
+    WeightKind kind = WeightKind::single;
+    std::vector<int64_t> start;      // single: rows * groups + 1; masked: one a group of 4
+    std::vector<Entry> entries;
+    std::vector<int32_t> shifts;     // single: lane shift of each group, the first is 0
+    std::vector<int32_t> stream;     // masked
+    std::vector<float> dense;        // dense: [block][col][R]
+    std::vector<int32_t> dense_offsets;
+    int64_t dense_rows_per_group = 0, dense_group_offset = 0;
+    std::vector<int64_t> cuts;       // rows where work may be split, from 0 to rows
+    std::vector<int64_t> cost;       // kept weights before each cut
+    int64_t bytes() const;
+};
+
+// Where column k of a weight row finds its input: an offset, and a lane shift.
+struct Column {
+    int32_t offset;
+    int32_t shift;
+};
+
+// columns: one for each (convolution group, column), group-major; all shifts 0 unless kind is single.
+PackedWeight pack_weight(WeightKind kind, const Weight& weight, int64_t groups, const std::vector<Column>& columns,
+                         int32_t dense_block_rows);
+
+// Row r, column c, value of every kept weight, in order.
+Csr weight_csr(const Weight& weight);
+
+}  // namespace sparseprune

@@ -1,0 +1,363 @@
+#include "plan.h"
+
+#include <chrono>
+
+#include "errors.h"
+#include "parallel.h"
+#include "steps.h"
+
+namespace sparseprune {
+
+// Where a pointer comes from at run time.
+struct Ref {
+    enum Kind { none, input, output, buffer } kind = none;
+    int index = -1;
+};
+
+// Turns the graph into steps, layer by layer.
+class PlanBuilder {
+public:
+    PlanBuilder(Plan& plan, const Choices& wanted) : plan_(plan), graph_(*plan.graph_), wanted_(wanted) {}
+
+    void build() {
+        choose_margins();
+        for (size_t i = 0; i < graph_.inputs.size(); ++i)
+            values_.push_back({external_layout(plan_.shapes_[i]), {Ref::input, static_cast<int>(i)}});
+        for (size_t i = 0; i < graph_.nodes.size(); ++i) {
+            node_ = static_cast<int>(i);
+            value_ = static_cast<int>(graph_.inputs.size() + i);
+            values_.push_back(build_node(graph_.nodes[i]));
+        }
+        for (size_t i = 0; i < graph_.outputs.size(); ++i) {
+            const Value& v = values_[static_cast<size_t>(graph_.outputs[i])];
+            node_ = std::max(0, graph_.outputs[i] - static_cast<int>(graph_.inputs.size()));
+            const Shape& shape = plan_.shapes_[static_cast<size_t>(graph_.outputs[i])];
+            copy_to(v, external_layout(shape), {Ref::output, static_cast<int>(i)});
+        }
+        plan_.arena_floats_ = place_buffers(plan_.buffers_, plan_.options_.guarded);
+    }
+
+private:
+    struct Value {
+        Layout layout;
+        Ref ref;
+    };
+
+    const Kernels& kernels() const { return *plan_.options_.kernels; }
+    int threads() const { return plan_.options_.threads; }
+    const Shape& shape_of(int value) const { return plan_.shapes_[static_cast<size_t>(value)]; }
+
+    // All values of one size share their rows of zeros, so that adds and residuals see equal layouts.
+    void choose_margins() {
+        for (size_t i = 0; i < graph_.nodes.size(); ++i) {
+            const Node& node = graph_.nodes[i];
+            if (node.op != Op::conv) continue;
+            const Shape& in = shape_of(node.inputs[0]);
+            const int64_t m = direct_margin(node, in, shape_of(static_cast<int>(graph_.inputs.size() + i)));
+            if (m > 0) {
+                int64_t& margin = margins_[{in[2], in[3]}];
+                margin = std::max(margin, m);
+            }
+        }
+    }
+
+    Layout layout_of(const Shape& shape, bool may_pack) const {
+        const int64_t w = shape.size() > 2 ? shape.back() : 1, h = shape.size() == 4 ? shape[2] : 1;
+        const auto found = margins_.find({h, w});
+        return internal_layout(shape, found == margins_.end() ? 0 : found->second, may_pack);
+    }
+
+    Ref new_buffer(int64_t floats) {
+        const int step = static_cast<int>(plan_.steps_.size());
+        plan_.buffers_.push_back({floats, step, step});
+        return {Ref::buffer, static_cast<int>(plan_.buffers_.size()) - 1};
+    }
+
+    void add_step(std::initializer_list<Ref> used, std::function<void(const Run&, int)> body) {
+        const int step = static_cast<int>(plan_.steps_.size());
+        for (const Ref& r : used)
+            if (r.kind == Ref::buffer) plan_.buffers_[static_cast<size_t>(r.index)].last_step = step;
+        plan_.steps_.push_back({node_, std::move(body)});
+    }
+
+    // The pointer of a reference; captured by value in every step.
+    struct Pointers {
+        const Plan* plan;
+        const float* in(const Run& run, Ref r) const {
+            if (r.kind == Ref::none) return nullptr;
+            return r.kind == Ref::input ? run.inputs[r.index] : out(run, r);
+        }
+        float* out(const Run& run, Ref r) const {
+            return r.kind == Ref::output ? run.outputs[r.index] : run.arena + plan->buffers_[static_cast<size_t>(r.index)].offset;
+        }
+    };
+    Pointers pointers() const { return {&plan_}; }
+
+    Value copy_to(const Value& from, const Layout& to, Ref ref) {
+        const auto ptr = pointers();
+        add_step({from.ref, ref}, [ptr, from, to, ref, k = &kernels(), count = threads()](const Run& run, int id) {
+            copy_value(*k, from.layout, ptr.in(run, from.ref), to, ptr.out(run, ref), {id, count});
+        });
+        return {to, ref};
+    }
+
+    // The value in exactly this layout, copied where it is not.
+    Value in_layout(const Value& v, const Layout& wanted) {
+        if (v.layout.same_as(wanted)) return v;
+        return copy_to(v, wanted, new_buffer(wanted.size()));
+    }
+
+    Value build_node(const Node& node) {
+        switch (node.op) {
+            case Op::conv:
+            case Op::linear: return build_conv(node);
+            case Op::add:
+            case Op::act: return build_add(node);
+            case Op::flatten: return build_flatten(node);
+            case Op::max_pool:
+            case Op::avg_pool: return build_pool(node);
+            case Op::adaptive_avg_pool:
+            case Op::adaptive_max_pool: return build_adaptive(node);
+        }
+        throw ValueError("op is unknown");
+    }
+
+    const Value& input(const Node& node, size_t i) const { return values_[static_cast<size_t>(node.inputs[i])]; }
+
+    Value build_add(const Node& node) {
+        const Value a = input(node, 0), b = node.inputs.size() > 1 ? input(node, 1) : Value{a.layout, {}};
+        const Layout out = layout_of(shape_of(value_), true);
+        const Ref ref = new_buffer(out.size());
+        const auto ptr = pointers();
+        add_step({a.ref, b.ref, ref}, [ptr, a, b, out, ref, act = kernel_act(node.act), k = &kernels(), count = threads()](
+                                          const Run& run, int id) {
+            add_values(*k, a.layout, ptr.in(run, a.ref), b.layout, ptr.in(run, b.ref), out, ptr.out(run, ref), act, {id, count});
+        });
+        return {out, ref};
+    }
+
+    Value build_flatten(const Node& node) {
+        const Value a = input(node, 0);
+        Layout out = layout_of(shape_of(value_), true);
+        if (a.layout.h * a.layout.w == 1 && a.layout.same_as(out)) return a;
+        const Ref ref = new_buffer(out.size());
+        const auto ptr = pointers();
+        add_step({a.ref, ref}, [ptr, a, out, ref, count = threads()](const Run& run, int id) {
+            flatten_value(a.layout, ptr.in(run, a.ref), out, ptr.out(run, ref), {id, count});
+        });
+        return {out, ref};
+    }
+
+    Value build_pool(const Node& node) {
+        const Value a = input(node, 0);
+        const Layout out = layout_of(shape_of(value_), true);
+        const Ref ref = new_buffer(out.size());
+        const int64_t line = round_up(a.layout.w, 16);
+        const Ref scratch = new_buffer(line * threads());
+        const auto ptr = pointers();
+        add_step({a.ref, ref, scratch}, [ptr, a, out, ref, scratch, line, n = &node, k = &kernels(), count = threads()](
+                                            const Run& run, int id) {
+            pool_value(*k, *n, a.layout, ptr.in(run, a.ref), out, ptr.out(run, ref), ptr.out(run, scratch) + id * line, {id, count});
+        });
+        return {out, ref};
+    }
+
+    Value build_adaptive(const Node& node) {
+        const Value a = input(node, 0);
+        const Layout out = layout_of(shape_of(value_), true);
+        const Ref ref = new_buffer(out.size());
+        const auto ptr = pointers();
+        add_step({a.ref, ref}, [ptr, a, out, ref, n = &node, k = &kernels(), count = threads()](const Run& run, int id) {
+            adaptive_pool_value(*k, *n, a.layout, ptr.in(run, a.ref), out, ptr.out(run, ref), {id, count});
+        });
+        return {out, ref};
+    }
+
+    bool is_dot(const Node& node, const Layout& in) const {
+        const Shape& out = shape_of(value_);
+        if (in.n >= kFewImages || in.h * in.w != 1 || node.groups != 1) return false;
+        if (node.op == Op::linear) return true;
+        return out.back() == 1 && out[out.size() - 2 + (out.size() == 3 ? 1 : 0)] == 1 && node.window.kernel[0] == 1 &&
+               node.window.kernel[1] == 1 && node.window.padding == std::array<int64_t, 4>{0, 0, 0, 0};
+    }
+
+    Value build_conv(const Node& node) {
+        const Weight& weight = graph_.weights[static_cast<size_t>(node.weight)];
+        if (is_dot(node, input(node, 0).layout)) return build_dot(node, weight);
+        const Layout out = layout_of(shape_of(value_), false);
+        Value x = input(node, 0);
+        // n >= kFewImages linear: features as planes
+        if (node.op == Op::linear) x = in_layout(x, make_layout(LayoutKind::flat, shape_of(node.inputs[0]), 0));
+        const ConvShape shape = conv_shape(node, x.layout, out);
+        const auto plan = std::make_shared<const ConvPlan>(plan_conv(shape, weight, choose(shape, weight), kernels()));
+        plan_.weight_bytes_ += plan->weight.bytes();
+        Value residual = node.inputs.size() > 1 ? in_layout(input(node, 1), out) : Value{out, {}};
+        const Ref ref = new_buffer(out.size());
+        if (plan->choice.form == Form::phases || plan->choice.form == Form::halo) x = add_copy(plan, x);
+        if (plan->choice.form == Form::panel) {
+            const Ref panel = new_buffer(plan->packed_floats);
+            for (size_t chunk = 0; chunk + 1 < plan->chunk_tiles.size(); ++chunk) {
+                add_panel(plan, chunk, x, panel);
+                add_multiply(node, plan, chunk, {x.layout, panel}, residual, ref);
+            }
+        } else {
+            add_multiply(node, plan, 0, x, residual, ref);
+        }
+        return {out, ref};
+    }
+
+    Choice choose(const ConvShape& shape, const Weight& weight) {
+        const size_t node = static_cast<size_t>(node_);
+        const int64_t total = weight.rows() * weight.cols();
+        const int64_t kept = weight.sparse ? weight.sparse->kept() : total;
+        plan_.candidates_[node] = conv_choices(shape, static_cast<double>(kept) / static_cast<double>(total), kernels());
+        Choice choice = plan_.candidates_[node][0];
+        if (node < wanted_.size() && wanted_[node] && choice_fits(shape, *wanted_[node], kernels())) choice = fitting(shape, *wanted_[node]);
+        plan_.choices_[node] = choice;
+        return choice;
+    }
+
+    // Keeps form and kind, which settle the rounding, and takes the nearest tile that this shape allows.
+    Choice fitting(const ConvShape& shape, Choice wanted) {
+        const std::vector<int> counts = vector_counts(shape, wanted.form, wanted.kind, kernels());
+        int best = counts[0];
+        for (int c : counts)
+            if (std::abs(c - wanted.vectors) < std::abs(best - wanted.vectors)) best = c;
+        wanted.vectors = best;
+        return wanted;
+    }
+
+    Value add_copy(const std::shared_ptr<const ConvPlan>& plan, const Value& x) {
+        const Ref ref = new_buffer(plan->packed_floats);
+        const auto ptr = pointers();
+        add_step({x.ref, ref}, [ptr, plan, x, ref, k = &kernels(), count = threads()](const Run& run, int id) {
+            copy_phases(*k, *plan, ptr.in(run, x.ref), ptr.out(run, ref), {id, count});
+        });
+        return {x.layout, ref};
+    }
+
+    void add_panel(const std::shared_ptr<const ConvPlan>& plan, size_t chunk, const Value& x, Ref panel) {
+        const auto ptr = pointers();
+        add_step({x.ref, panel}, [ptr, plan, chunk, x, panel, k = &kernels(), count = threads()](const Run& run, int id) {
+            fill_panel(*k, *plan, chunk, ptr.in(run, x.ref), ptr.out(run, panel), {id, count});
+        });
+    }
+
+    void add_multiply(const Node& node, const std::shared_ptr<const ConvPlan>& plan, size_t chunk, const Value& packed,
+                      const Value& residual, Ref ref) {
+        const auto ptr = pointers();
+        const std::vector<Share> shares = share_work(*plan, chunk, threads());
+        const float* bias = node.bias ? node.bias->data() : nullptr;
+        const bool first = chunk == 0;
+        add_step({packed.ref, residual.ref, ref}, [=, act = kernel_act(node.act), k = &kernels(), count = threads()](
+                                                      const Run& run, int id) {
+            float* out = ptr.out(run, ref);
+            const Layout& layout = plan->shape.out;
+            const Part part{id, count};
+            if (first) zero_margins(layout, out, part.begin(layout.c), part.end(layout.c));
+            multiply(*k, *plan, shares[static_cast<size_t>(id)], ptr.in(run, packed.ref), bias, ptr.in(run, residual.ref), out, act);
+        });
+    }
+
+    // One dot product for each image and output: the weight is read once for each image, the input stays in the cache.
+    Value build_dot(const Node& node, const Weight& weight) {
+        const Layout out = make_layout(LayoutKind::packed, shape_of(value_), 0);
+        Value x = input(node, 0);
+        if (x.layout.plane != 1) x = in_layout(x, make_layout(LayoutKind::packed, shape_of(node.inputs[0]), 0));
+        const Value residual = node.inputs.size() > 1 ? in_layout(input(node, 1), out) : Value{out, {}};
+        const Ref ref = new_buffer(out.size());
+        auto csr = std::make_shared<const Csr>(weight.sparse ? to_csr(*weight.sparse) : Csr{});
+        plan_.choices_[static_cast<size_t>(node_)] = Choice{Form::dot, weight.sparse ? WeightKind::single : WeightKind::dense, 1};
+        plan_.weight_bytes_ += static_cast<int64_t>(csr->value.size() * 8);
+        const auto ptr = pointers();
+        const std::vector<int64_t> cuts = dot_cuts(weight, *csr);
+        add_step({x.ref, residual.ref, ref}, [=, act = kernel_act(node.act), k = &kernels(), w = &weight,
+                                              bias = node.bias ? node.bias->data() : nullptr](const Run& run, int id) {
+            const float* in = ptr.in(run, x.ref);
+            const float* res = ptr.in(run, residual.ref);
+            float* to = ptr.out(run, ref);
+            const int64_t begin = cuts[static_cast<size_t>(id)], end = cuts[static_cast<size_t>(id) + 1];
+            for (int64_t n = 0; n < out.n; ++n) {
+                const float* r = res ? res + n * out.image : nullptr;
+                if (w->sparse) {
+                    k->dot_sparse(csr->row_start.data(), csr->col.data(), csr->value.data(), in + n * x.layout.image, begin, end, bias,
+                                  r, to + n * out.image, act);
+                } else {
+                    k->dot_dense(w->dense->data(), w->cols(), in + n * x.layout.image, begin, end, bias, r, to + n * out.image, act);
+                }
+            }
+        });
+        return {out, ref};
+    }
+
+    std::vector<int64_t> dot_cuts(const Weight& weight, const Csr& csr) const {
+        std::vector<int64_t> cuts{0};
+        const int64_t rows = weight.rows();
+        int64_t row = 0;
+        for (int t = 1; t < threads(); ++t) {
+            if (weight.sparse) {
+                while (row < rows && csr.row_start[static_cast<size_t>(row)] < csr.row_start[static_cast<size_t>(rows)] * t / threads()) ++row;
+            } else {
+                row = rows * t / threads();
+            }
+            cuts.push_back(row);
+        }
+        cuts.push_back(rows);
+        return cuts;
+    }
+
+    Plan& plan_;
+    const Graph& graph_;
+    const Choices& wanted_;
+    std::vector<Value> values_;
+    std::map<std::pair<int64_t, int64_t>, int64_t> margins_;
+    int node_ = 0, value_ = 0;
+};
+
+Plan::Plan(std::shared_ptr<const Graph> graph, std::vector<Shape> inputs, const PlanOptions& options, const Choices& wanted)
+    : graph_(std::move(graph)), inputs_(std::move(inputs)), options_(options) {
+    shapes_ = infer_shapes(*graph_, inputs_);
+    for (const int v : graph_->outputs) outputs_.push_back(shapes_[static_cast<size_t>(v)]);
+    choices_.resize(graph_->nodes.size());
+    candidates_.resize(graph_->nodes.size());
+    PlanBuilder(*this, wanted).build();
+}
+
+// try_lock, not lock: a forked child may find the mutex held by a thread that it does not have, and must not wait for it.
+Arena Plan::take_arena() const {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock.owns_lock() && !free_arenas_.empty()) {
+        Arena arena = std::move(free_arenas_.back());
+        free_arenas_.pop_back();
+        return arena;
+    }
+    return Arena(arena_floats_, options_.guarded ? &buffers_ : nullptr);
+}
+
+void Plan::give_arena(Arena arena) const {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock.owns_lock() && free_arenas_.size() < 4) free_arenas_.push_back(std::move(arena));
+}
+
+void Plan::run(const float* const* inputs, float* const* outputs, std::vector<double>* node_seconds) const {
+    Arena arena = take_arena();
+    const Run run{arena.data(), inputs, outputs};
+    const std::function<void(int, int)> step = [&](int i, int id) { steps_[static_cast<size_t>(i)].body(run, id); };
+    const int count = static_cast<int>(steps_.size());
+    if (!node_seconds) {
+        run_steps(options_.threads, count, step);
+    } else {
+        using Clock = std::chrono::steady_clock;
+        node_seconds->assign(graph_->nodes.size(), 0.0);
+        auto last = Clock::now();
+        run_steps(options_.threads, count, step, [&](int i) {
+            const auto now = Clock::now();
+            if (!node_seconds->empty())
+                (*node_seconds)[static_cast<size_t>(steps_[static_cast<size_t>(i)].node)] += std::chrono::duration<double>(now - last).count();
+            last = now;
+        });
+    }
+    give_arena(std::move(arena));
+}
+
+}  // namespace sparseprune

@@ -1,0 +1,81 @@
+#include "program.h"
+
+#include "errors.h"
+
+namespace sparseprune {
+namespace {
+
+constexpr size_t kMostPlans = 16;
+
+}  // namespace
+
+Program::Program(Graph graph) : graph_(std::make_shared<const Graph>(std::move(graph))) {}
+
+std::shared_ptr<const Plan> Program::plan(const std::vector<Shape>& shapes, int threads, const Kernels& kernels) {
+    const Key key{kernels.name, shapes};
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto it = plans_.begin(); it != plans_.end(); ++it) {
+        if (it->threads != threads || it->key != key) continue;
+        plans_.splice(plans_.begin(), plans_, it);
+        return it->plan;
+    }
+    auto plan = std::make_shared<const Plan>(graph_, shapes, PlanOptions{&kernels, threads}, choices_for(key));
+    plans_.push_front({key, threads, plan});
+    if (plans_.size() > kMostPlans) plans_.pop_back();
+    return plan;
+}
+
+Choices Program::choices_for(const Key& key) const {
+    const auto exact = choices_.find(key);
+    if (exact != choices_.end()) return exact->second;
+    const auto first = first_choices_.find(key.first);
+    return first == first_choices_.end() ? Choices{} : first->second;
+}
+
+void Program::set_choices(const std::vector<Shape>& shapes, const Kernels& kernels, Choices choices) {
+    if (choices.size() != graph_->nodes.size()) throw ValueError("choices must be one a node");
+    const Key key{kernels.name, shapes};
+    std::lock_guard<std::mutex> lock(mutex_);
+    first_choices_.emplace(kernels.name, choices);
+    choices_[key] = std::move(choices);
+    plans_.clear();
+}
+
+Graph single_layer(std::shared_ptr<const BlockCSR> weight, int dims, const Window& window, int64_t groups) {
+    const Shape& shape = weight->shape();
+    const size_t rank = dims == 0 ? 2 : static_cast<size_t>(dims) + 2;
+    if (shape.size() != rank) throw ValueError(message("weight has shape ", to_string(shape), ", expected ", rank, " dimensions"));
+    if (groups < 1 || shape[0] % groups != 0)
+        throw ValueError(message("groups=", groups, " does not divide out_channels=", shape[0]));
+    for (int64_t v : window.stride)
+        if (v < 1 || v > (1 << 20)) throw ValueError(message("stride=", v, " must be in [1, 2^20]"));
+    for (int64_t v : window.dilation)
+        if (v < 1 || v > (1 << 20)) throw ValueError(message("dilation=", v, " must be in [1, 2^20]"));
+    for (int64_t v : window.padding)
+        if (v < 0 || v > (1 << 20)) throw ValueError(message("padding=", v, " must be in [0, 2^20]"));
+    Graph graph;
+    Input input{"input", {}, {}};
+    for (size_t i = 0; i < rank; ++i) {
+        const bool channels = i == 1;
+        input.size.push_back(channels ? shape[1] * groups : -1);
+        input.symbol.push_back(channels ? "" : "s" + std::to_string(i));
+    }
+    graph.inputs.push_back(input);
+    graph.weights.push_back({shape, weight, nullptr});
+    Node node;
+    node.op = dims == 0 ? Op::linear : Op::conv;
+    node.name = dims == 0 ? "linear" : dims == 1 ? "conv1d" : "conv2d";
+    node.inputs = {0};
+    node.weight = 0;
+    node.dims = dims == 1 ? 1 : 2;
+    node.window = window;
+    if (dims == 2) node.window.kernel = {shape[2], shape[3]};
+    if (dims == 1) node.window.kernel = {1, shape[2]};
+    node.groups = groups;
+    graph.nodes.push_back(node);
+    graph.outputs = {1};
+    graph.tree = "{\"kind\":\"tensor\"}";
+    return graph;
+}
+
+}  // namespace sparseprune

@@ -1,0 +1,46 @@
+// A program: one immutable graph, its plans (cached, bounded) and what tuning has chosen.
+#pragma once
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "graph.h"
+#include "plan.h"
+
+namespace sparseprune {
+
+class Program {
+public:
+    explicit Program(Graph graph);
+
+    const Graph& graph() const { return *graph_; }
+    std::shared_ptr<const Graph> shared_graph() const { return graph_; }
+
+    // The plan for these input shapes: from the cache, or made now (never tuned).
+    std::shared_ptr<const Plan> plan(const std::vector<Shape>& shapes, int threads, const Kernels& kernels);
+
+    // Choices for these shapes on this instruction set, whatever the thread count: they settle the rounding.
+    void set_choices(const std::vector<Shape>& shapes, const Kernels& kernels, Choices choices);
+
+private:
+    using Key = std::pair<std::string, std::vector<Shape>>;  // instruction set, input shapes
+    struct Cached {
+        Key key;
+        int threads;
+        std::shared_ptr<const Plan> plan;
+    };
+    Choices choices_for(const Key& key) const;
+
+    std::shared_ptr<const Graph> graph_;
+    std::mutex mutex_;
+    std::list<Cached> plans_;  // latest used first
+    std::map<Key, Choices> choices_;
+    std::map<std::string, Choices> first_choices_;  // by instruction set: what other shapes start from
+};
+
+// The graph of one layer, for sparseprune.ops. Attributes as in docs/program.md; throws ValueError.
+Graph single_layer(std::shared_ptr<const BlockCSR> weight, int dims, const Window& window, int64_t groups);  // dims 0: linear
+
+}  // namespace sparseprune

@@ -1,0 +1,283 @@
+// From the graph's JSON and the container's arrays to a Graph in which every number was checked.
+#include "reader.h"
+
+#include <limits>
+#include <set>
+#include <utility>
+
+#include "attributes.h"
+#include "errors.h"
+#include "json.h"
+#include "safetensors.h"
+
+namespace sparseprune {
+namespace {
+
+constexpr int64_t max_extent = std::numeric_limits<int32_t>::max();
+constexpr size_t max_input_rank = 8;
+
+// Runs `read`; whatever is wrong in there is the file's fault, and is said of `what`.
+template <class Read>
+auto in(const std::string& what, Read read) {
+    try {
+        return read();
+    } catch (const FormatError& error) {
+        throw FormatError(message(what, ": ", error.what()));
+    } catch (const ValueError& error) {
+        throw FormatError(message(what, ": ", error.what()));
+    }
+}
+
+Shape read_shape(const Json& json, size_t min_rank, size_t max_rank) {
+    if (json.array().size() < min_rank || json.array().size() > max_rank)
+        json.fail(message("the shape has ", json.array().size(), " dimensions, expected ", min_rank, " to ", max_rank));
+    Shape shape;
+    for (const auto& item : json.array()) {
+        const int64_t extent = item.integer();
+        if (extent < 1 || extent > max_extent) item.fail(message("extent ", extent, " is not in [1, ", max_extent, "]"));
+        shape.push_back(extent);
+    }
+    return shape;
+}
+
+Input read_input(const Json& json) {
+    json.check_keys({"name", "shape"});
+    Input input;
+    input.name = json.at("name").string();
+    const auto& shape = json.at("shape");
+    if (shape.array().empty() || shape.array().size() > max_input_rank)
+        shape.fail(message("the shape has ", shape.array().size(), " dimensions, expected 1 to ", max_input_rank));
+    for (const auto& item : shape.array()) {
+        if (item.is_string()) {
+            if (item.string().empty()) item.fail("the name of a size is empty");
+            input.size.push_back(-1);
+            input.symbol.push_back(item.string());
+            continue;
+        }
+        const int64_t size = item.integer();
+        if (size < 1 || size > max_extent) item.fail(message("size ", size, " is not in [1, ", max_extent, "]"));
+        input.size.push_back(size);
+        input.symbol.emplace_back();
+    }
+    return input;
+}
+
+// The number of tensors in the tree. JSON's own depth limit bounds the recursion.
+size_t count_leaves(const Json& tree) {
+    const std::string& kind = tree.at("kind").string();
+    if (kind == "tensor" || kind == "none") {
+        tree.check_keys({"kind"});
+        return kind == "tensor" ? 1 : 0;
+    }
+    if (kind == "dict") {
+        tree.check_keys({"kind", "keys", "items"});
+        const auto& keys = tree.at("keys");
+        if (keys.array().size() != tree.at("items").array().size()) keys.fail("not one key for each item");
+        std::set<std::string> unique;
+        for (const auto& key : keys.array())
+            if (!unique.insert(key.string()).second) key.fail(message("duplicate key '", key.string(), "'"));
+    } else if (kind == "list" || kind == "tuple") {
+        tree.check_keys({"kind", "items"});
+    } else {
+        tree.fail(message("kind '", kind, "' is not one of tensor, list, tuple, dict, none"));
+    }
+    size_t leaves = 0;
+    for (const auto& item : tree.at("items").array()) leaves += count_leaves(item);
+    return leaves;
+}
+
+class Reader {
+public:
+    explicit Reader(const Container& container) : container_(container) {}
+
+    Graph read() {
+        const Json json = parse_json(container_.program);
+        json.check_keys({"format", "version", "inputs", "weights", "nodes", "outputs", "tree"});
+        if (json.at("format").string() != "sparseprune-program") json.fail("'format' is not 'sparseprune-program'");
+        if (json.at("version").integer() != 1)
+            json.fail(message("version ", json.at("version").integer(), " of the format, this reader knows version 1"));
+        read_inputs(json.at("inputs"));
+        for (const auto& member : json.at("weights").object())
+            in(message("weight '", member.key, "'"), [&] { read_weight(member.key, member.value); });
+        for (const auto& node : json.at("nodes").array())
+            in(message("node ", graph_.nodes.size()), [&] { read_node(node); });
+        for (const auto& output : json.at("outputs").array())
+            graph_.outputs.push_back(read_value(output, graph_.value_count()));
+        read_tree(json.at("tree"));
+        check_all_used();
+        return std::move(graph_);
+    }
+
+private:
+    void read_inputs(const Json& json) {
+        if (json.array().empty()) json.fail("a program needs an input");
+        std::set<std::string> names;
+        for (const auto& item : json.array()) {
+            graph_.inputs.push_back(read_input(item));
+            const std::string& name = graph_.inputs.back().name;
+            if (name.empty() || !names.insert(name).second)
+                item.fail(message("input name '", name, "' is empty or not unique"));
+        }
+    }
+
+    const Tensor* find_tensor(const std::string& name) const {
+        const auto found = container_.tensors.find(name);
+        return found == container_.tensors.end() ? nullptr : &found->second;
+    }
+
+    const Tensor& tensor(const std::string& name, size_t rank) const {
+        const Tensor* found = find_tensor(name);
+        if (!found) throw FormatError(message("the array '", name, "' is missing"));
+        if (found->shape.size() != rank)
+            throw FormatError(message("the array '", name, "' has shape ", to_string(found->shape), ", expected ", rank,
+                                      " dimensions"));
+        return *found;
+    }
+
+    template <class T>
+    std::vector<T> array(const std::string& name, DType dtype, size_t rank = 1) {
+        const Tensor& found = tensor(name, rank);
+        if (found.dtype != dtype)
+            throw FormatError(message("the array '", name, "' is ", dtype_name(found.dtype), ", expected ",
+                                      dtype_name(dtype)));
+        used_tensors_.insert(name);
+        return copy_elements<T>(found);
+    }
+
+    void read_weight(const std::string& name, const Json& json) {
+        json.check_keys({"shape"}, {"block_shape"});
+        Weight weight;
+        weight.shape = read_shape(json.at("shape"), 2, 4);
+        if (const Json* block_shape = json.find("block_shape"))
+            weight.sparse = read_sparse(name, weight.shape, read_shape(*block_shape, 2, 2));
+        else
+            weight.dense = read_dense(name, weight.shape);
+        weight_index_.emplace(name, static_cast<int>(graph_.weights.size()));
+        graph_.weights.push_back(std::move(weight));
+    }
+
+    // A dense weight's shape is its array's, so the payload bounds it.
+    std::shared_ptr<const std::vector<float>> read_dense(const std::string& name, const Shape& shape) {
+        const std::string values = name + ".values";
+        if (tensor(values, shape.size()).shape != shape)
+            throw FormatError(message("the array '", values, "' has not the shape ", to_string(shape)));
+        return std::make_shared<const std::vector<float>>(array<float>(values, DType::f32, shape.size()));
+    }
+
+    std::shared_ptr<const BlockCSR> read_sparse(const std::string& name, const Shape& shape, const Shape& block_shape) {
+        auto crow = array<int32_t>(name + ".crow_indices", DType::i32);
+        auto col = read_columns(name + ".col_indices");
+        std::vector<uint64_t> masks;
+        if (find_tensor(name + ".masks")) {
+            masks = array<uint64_t>(name + ".masks", DType::u64);
+            // BlockCSR takes "no masks" for "all full"; a file that has the array means it.
+            if (masks.size() != col.size())
+                throw FormatError(message("masks has ", masks.size(), " elements, expected ", col.size()));
+        }
+        auto values = array<float>(name + ".values", DType::f32);
+        return std::make_shared<const BlockCSR>(shape, block_shape[0], block_shape[1], std::move(crow), std::move(col),
+                                                std::move(masks), std::move(values));
+    }
+
+    std::vector<int32_t> read_columns(const std::string& name) {
+        if (tensor(name, 1).dtype != DType::u16) return array<int32_t>(name, DType::i32);
+        const auto narrow = array<uint16_t>(name, DType::u16);
+        return {narrow.begin(), narrow.end()};
+    }
+
+    static int read_value(const Json& json, int count) {
+        const int64_t value = json.integer();
+        if (value < 0 || value >= count) json.fail(message("value ", value, " is not in [0, ", count, ")"));
+        return static_cast<int>(value);
+    }
+
+    void read_node(const Json& json) {
+        json.check_keys({"op", "name", "inputs", "attrs"}, {"weight", "bias"});
+        const OpSchema* schema = find_op(json.at("op").string());
+        if (!schema) json.fail(message("unknown op '", json.at("op").string(), "'"));
+        Node node;
+        node.op = schema->op;
+        node.name = json.at("name").string();
+        in(message(op_name(node.op), " '", node.name, "'"), [&] {
+            read_operands(*schema, json.at("inputs"), node);
+            read_attributes(*schema, json.at("attrs"), node);
+            const Json *weight = json.find("weight"), *bias = json.find("bias");
+            if (schema->weight && !weight) json.fail("'weight' is missing");
+            if (!schema->weight && weight) weight->fail("takes no weight");
+            if (!schema->weight && bias) bias->fail("takes no bias");
+            if (weight) attach_weight(*weight, node);
+            if (bias) node.bias = read_bias(*bias, graph_.weights[static_cast<size_t>(node.weight)].rows());
+        });
+        graph_.nodes.push_back(std::move(node));
+    }
+
+    void read_operands(const OpSchema& schema, const Json& json, Node& node) const {
+        const size_t count = json.array().size();
+        if (count < schema.min_inputs || count > schema.max_inputs)
+            json.fail(message(count, " inputs, expected ", schema.min_inputs, " to ", schema.max_inputs));
+        for (const auto& item : json.array()) node.inputs.push_back(read_value(item, graph_.value_count()));
+    }
+
+    void attach_weight(const Json& json, Node& node) {
+        const auto found = weight_index_.find(json.string());
+        if (found == weight_index_.end()) json.fail(message("there is no weight '", json.string(), "'"));
+        node.weight = found->second;
+        used_weights_.insert(found->second);
+        const Shape& shape = graph_.weights[static_cast<size_t>(node.weight)].shape;
+        const size_t rank = node.op == Op::conv ? static_cast<size_t>(node.dims) + 2 : 2;
+        if (shape.size() != rank)
+            json.fail(message("weight '", json.string(), "' has shape ", to_string(shape), ", expected ", rank,
+                              " dimensions"));
+        if (node.op != Op::conv) return;
+        if (shape[0] % node.groups != 0)
+            json.fail(message("attrs.groups=", node.groups, " does not divide out_channels=", shape[0]));
+        if (shape[1] > max_extent / node.groups)
+            json.fail(message("attrs.groups=", node.groups, " times ", shape[1], " exceeds ", max_extent, " channels"));
+        node.window.kernel = {node.dims == 2 ? shape[2] : 1, shape.back()};
+    }
+
+    // Layers that share a bias share its memory: a file cannot make us copy one array many times.
+    std::shared_ptr<const std::vector<float>> read_bias(const Json& json, int64_t rows) {
+        const std::string& name = json.string();
+        auto& bias = biases_[name];
+        if (!bias) {
+            if (used_tensors_.count(name)) json.fail(message("the array '", name, "' is part of a weight"));
+            bias = std::make_shared<const std::vector<float>>(array<float>(name, DType::f32));
+        }
+        if (static_cast<int64_t>(bias->size()) != rows)
+            json.fail(message("the bias '", name, "' has ", bias->size(), " elements, expected ", rows));
+        return bias;
+    }
+
+    void read_tree(const Json& json) {
+        const size_t leaves = count_leaves(json);
+        if (leaves != graph_.outputs.size())
+            json.fail(message("the tree has ", leaves, " tensors, the program ", graph_.outputs.size(), " outputs"));
+        graph_.tree = container_.program.substr(json.begin, json.end - json.begin);
+    }
+
+    void check_all_used() const {
+        for (const auto& entry : weight_index_)
+            if (!used_weights_.count(entry.second))
+                throw FormatError(message("no node uses the weight '", entry.first, "'"));
+        for (const auto& entry : container_.tensors)
+            if (!used_tensors_.count(entry.first))
+                throw FormatError(message("nothing uses the array '", entry.first, "'"));
+    }
+
+    const Container& container_;
+    Graph graph_;
+    std::map<std::string, int> weight_index_;
+    std::map<std::string, std::shared_ptr<const std::vector<float>>> biases_;
+    std::set<std::string> used_tensors_;
+    std::set<int> used_weights_;
+};
+
+}  // namespace
+
+Graph read_program(const uint8_t* bytes, size_t size) {
+    const Container container = read_container(bytes, size);
+    return in("graph", [&] { return Reader(container).read(); });
+}
+
+}  // namespace sparseprune

@@ -1,0 +1,288 @@
+#include "steps.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace sparseprune {
+namespace {
+
+int64_t tail(const Layout& l) { return l.kind == LayoutKind::rows ? l.pitch - l.w : 0; }
+
+void finish_row(const Layout& l, float* row) { std::fill_n(row + l.w, tail(l), 0.0f); }
+
+// floats of one image of one channel that lie together, padding lanes included
+int64_t image_floats(const Layout& l) { return l.kind == LayoutKind::rows ? l.h * l.pitch : l.h * l.w; }
+
+}  // namespace
+
+KernelAct kernel_act(Act act) {
+    return act == Act::relu ? KernelAct::relu : act == Act::relu6 ? KernelAct::relu6 : KernelAct::none;
+}
+
+void copy_value(const Kernels& k, const Layout& from, const float* in, const Layout& to, float* out, Part part) {
+    const int64_t begin = part.begin(to.c), end = part.end(to.c);
+    for (int64_t c = begin; c < end; ++c)
+        for (int64_t n = 0; n < to.n; ++n) {
+            if (to.h * to.w == 1) {
+                out[to.at(n, c, 0)] = in[from.at(n, c, 0)];
+                std::fill_n(out + to.at(n, c, 0) + 1, tail(to), 0.0f);
+                continue;
+            }
+            for (int64_t y = 0; y < to.h; ++y)
+                k.copy_row({in + from.at(n, c, y), out + to.at(n, c, y), 1, 0, to.w, tail(to)});
+        }
+    zero_margins(to, out, begin, end);
+}
+
+void flatten_value(const Layout& from, const float* in, const Layout& to, float* out, Part part) {
+    for (int64_t c = part.begin(from.c); c < part.end(from.c); ++c)
+        for (int64_t n = 0; n < from.n; ++n)
+            for (int64_t y = 0; y < from.h; ++y) {
+                const float* row = in + from.at(n, c, y);
+                float* to_row = out + to.at(n, (c * from.h + y) * from.w, 0);
+                for (int64_t x = 0; x < from.w; ++x) to_row[x * to.plane] = row[x];
+            }
+}
+
+void add_values(const Kernels& k, const Layout& la, const float* a, const Layout& lb, const float* b, const Layout& lo,
+                float* out, KernelAct act, Part part) {
+    const int64_t begin = part.begin(lo.c), end = part.end(lo.c);
+    const auto at_b = [&](int64_t n, int64_t c, int64_t y) { return b ? b + lb.at(n, c, y) : nullptr; };
+    if (lo.plane == 1 && la.plane == 1 && (!b || lb.plane == 1)) {
+        for (int64_t n = 0; n < lo.n; ++n)
+            k.add_row(a + la.at(n, begin, 0), at_b(n, begin, 0), out + lo.at(n, begin, 0), end - begin, act);
+        return;
+    }
+    const bool alike = la.same_as(lo) && (!b || lb.same_as(lo));
+    for (int64_t c = begin; c < end; ++c)
+        for (int64_t n = 0; n < lo.n; ++n) {
+            if (alike) {
+                k.add_row(a + la.at(n, c, 0), at_b(n, c, 0), out + lo.at(n, c, 0), image_floats(lo), act);
+                continue;
+            }
+            for (int64_t y = 0; y < lo.h; ++y) {
+                k.add_row(a + la.at(n, c, y), at_b(n, c, y), out + lo.at(n, c, y), lo.w, act);
+                finish_row(lo, out + lo.at(n, c, y));
+            }
+        }
+    zero_margins(lo, out, begin, end);
+}
+
+namespace {
+
+struct Span {
+    int64_t first, rows;  // first window row inside the image, and how many are
+};
+
+Span rows_inside(int64_t start, int64_t kernel, int64_t dilation, int64_t height) {
+    int64_t skip = start < 0 ? (-start + dilation - 1) / dilation : 0;
+    int64_t rows = 0;
+    for (int64_t r = skip; r < kernel && start + r * dilation < height; ++r) ++rows;
+    return {start + skip * dilation, rows};
+}
+
+// torch's rule: the divisor counts the window clipped to the padded image, or to the image
+float average_divisor(const Node& node, const Layout& from, int64_t oy, int64_t ox) {
+    if (node.divisor != 0) return static_cast<float>(node.divisor);
+    const Window& w = node.window;
+    const auto extent = [&](int axis, int64_t o, int64_t size) {
+        const int64_t before = w.padding[axis * 2], after = w.padding[axis * 2 + 1];
+        int64_t start = o * w.stride[axis] - before;
+        int64_t end = std::min(start + w.kernel[axis], size + after);
+        if (!node.count_include_pad) {
+            start = std::max<int64_t>(start, 0);
+            end = std::min(end, size);
+        }
+        return end - start;
+    };
+    return static_cast<float>(extent(0, oy, from.h) * extent(1, ox, from.w));
+}
+
+}  // namespace
+
+void pool_value(const Kernels& k, const Node& node, const Layout& from, const float* in, const Layout& to, float* out,
+                float* scratch, Part part) {
+    const Window& w = node.window;
+    const int64_t begin = part.begin(to.c), end = part.end(to.c);
+    for (int64_t c = begin; c < end; ++c)
+        for (int64_t n = 0; n < to.n; ++n)
+            for (int64_t y = 0; y < to.h; ++y) {
+                const Span span = rows_inside(y * w.stride[0] - w.padding[0], w.kernel[0], w.dilation[0], from.h);
+                float* row = out + to.at(n, c, y);
+                const PoolRow job{in + from.at(n, c, span.first), from.pitch * w.dilation[0], span.rows, from.w, w.kernel[1],
+                                  w.stride[1], w.dilation[1], w.padding[2], row, to.w, scratch};
+                if (node.op == Op::max_pool) {
+                    k.max_pool_row(job);
+                } else {
+                    k.sum_pool_row(job);
+                    for (int64_t x = 0; x < to.w; ++x) row[x] /= average_divisor(node, from, y, x);
+                }
+                finish_row(to, row);
+            }
+    zero_margins(to, out, begin, end);
+}
+
+namespace {
+
+float adaptive_cell(const Kernels& k, bool average, const Layout& from, const float* plane, int64_t y0, int64_t y1, int64_t x0,
+                    int64_t x1) {
+    if (average) {
+        double sum = 0.0;
+        for (int64_t y = y0; y < y1; ++y) sum += k.sum_row(plane + y * from.pitch + x0, x1 - x0);
+        return static_cast<float>(sum / static_cast<double>((y1 - y0) * (x1 - x0)));
+    }
+    float best = -std::numeric_limits<float>::infinity();
+    for (int64_t y = y0; y < y1; ++y)
+        for (int64_t x = x0; x < x1; ++x) {
+            const float v = plane[y * from.pitch + x];
+            if (v > best || std::isnan(v)) best = v;
+        }
+    return best;
+}
+
+}  // namespace
+
+void adaptive_pool_value(const Kernels& k, const Node& node, const Layout& from, const float* in, const Layout& to, float* out,
+                         Part part) {
+    const int64_t begin = part.begin(to.c), end = part.end(to.c);
+    const auto first = [](int64_t i, int64_t size, int64_t parts) { return i * size / parts; };
+    const auto last = [](int64_t i, int64_t size, int64_t parts) { return ((i + 1) * size + parts - 1) / parts; };
+    for (int64_t c = begin; c < end; ++c)
+        for (int64_t n = 0; n < to.n; ++n)
+            for (int64_t y = 0; y < to.h; ++y) {
+                float* row = out + to.at(n, c, y);
+                for (int64_t x = 0; x < to.w; ++x)
+                    row[x] = adaptive_cell(k, node.op == Op::adaptive_avg_pool, from, in + from.at(n, c, 0), first(y, from.h, to.h),
+                                           last(y, from.h, to.h), first(x, from.w, to.w), last(x, from.w, to.w));
+                finish_row(to, row);
+            }
+    zero_margins(to, out, begin, end);
+}
+
+void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, float* out, Part part) {
+    const ConvShape& s = plan.shape;
+    const PhaseCopy& copy = plan.copy;
+    const int64_t sy = s.window.stride[0], sx = s.window.stride[1];
+    for (int64_t c = part.begin(s.in.c); c < part.end(s.in.c); ++c) {
+        for (size_t ph = 0; ph < copy.phases.size(); ++ph) {
+            const auto [py, px] = copy.phases[ph];
+            // columns j with 0 <= sx * (j + first) + px < w
+            const int64_t before = -sx * copy.first_column - px;
+            const int64_t lead = std::clamp<int64_t>(before > 0 ? (before + sx - 1) / sx : 0, 0, copy.pitch);
+            const int64_t stop = s.in.w - 1 - px < 0 ? 0 : (s.in.w - 1 - px) / sx - copy.first_column + 1;
+            const int64_t count = std::max<int64_t>(0, std::min(copy.pitch, stop) - lead);
+            for (int64_t n = 0; n < s.in.n; ++n)
+                for (int64_t r = 0; r < copy.rows; ++r) {
+                    const int64_t y = sy * (r + s.min_qy) + py;
+                    float* row = out + c * copy.plane + static_cast<int64_t>(ph) * copy.phase + (n * copy.rows + r) * copy.pitch;
+                    if (y < 0 || y >= s.in.h || count == 0) {
+                        std::fill_n(row, copy.pitch, 0.0f);
+                        continue;
+                    }
+                    const float* from = in + s.in.at(n, c, y) + sx * (lead + copy.first_column) + px;
+                    k.copy_row({from, row, sx, lead, count, copy.pitch - lead - count});
+                }
+        }
+    }
+}
+
+void fill_panel(const Kernels& k, const ConvPlan& plan, size_t chunk, const float* in, float* out, Part part) {
+    const int64_t first = plan.chunk_vectors[chunk], end = plan.chunk_vectors[chunk + 1];
+    const int64_t taps = static_cast<int64_t>(plan.shape.taps.size());
+    Im2colJob job{in,  plan.shape.in.plane, out, plan.panel_plane, taps, end - first, plan.vectors, plan.index.data() + first * 16,
+                  plan.index_start.data() + first, plan.index_masks.data() + first, part.begin(plan.shape.in.c),
+                  part.end(plan.shape.in.c)};
+    k.im2col(job);
+}
+
+namespace {
+
+// Cuts [0, prefix.back()) into `parts` of about equal weight: returns the part's bounds as indices into prefix.
+std::vector<size_t> balanced(const std::vector<int64_t>& prefix, int parts) {
+    std::vector<size_t> cuts{0};
+    for (int p = 1; p < parts; ++p) {
+        const int64_t goal = prefix.back() * p / parts;
+        size_t at = static_cast<size_t>(std::lower_bound(prefix.begin(), prefix.end(), goal) - prefix.begin());
+        if (at > 0 && at < prefix.size() && goal - prefix[at - 1] < prefix[at] - goal) --at;
+        cuts.push_back(std::clamp(at, cuts.back(), prefix.size() - 1));
+    }
+    cuts.push_back(prefix.size() - 1);
+    return cuts;
+}
+
+double worst(const std::vector<int64_t>& prefix, const std::vector<size_t>& cuts) {
+    int64_t most = 0;
+    for (size_t i = 0; i + 1 < cuts.size(); ++i) most = std::max(most, prefix[cuts[i + 1]] - prefix[cuts[i]]);
+    return prefix.back() ? static_cast<double>(most) / static_cast<double>(prefix.back()) : 0.0;
+}
+
+}  // namespace
+
+// Threads form a grid of pixel parts times row parts. Balance decides first, then the bytes that a thread reads.
+std::vector<Share> share_work(const ConvPlan& plan, size_t chunk, int threads) {
+    const size_t tile0 = plan.chunk_tiles[chunk], tile1 = plan.chunk_tiles[chunk + 1];
+    std::vector<int64_t> pixels{0}, rows;
+    for (size_t t = tile0; t < tile1; ++t) pixels.push_back(pixels.back() + plan.tiles[t].count);
+    // a row costs its kept weights, and about three more to store it
+    for (size_t i = 0; i < plan.weight.cuts.size(); ++i) rows.push_back(plan.weight.cost[i] + 3 * plan.weight.cuts[i]);
+    const double input = static_cast<double>(plan.packed_floats ? plan.packed_floats : plan.shape.in.size()) * 4;
+    const double weights = static_cast<double>(plan.weight.bytes());
+    double best = 1e300;
+    std::vector<size_t> tile_cuts, row_cuts;
+    for (int tp = 1; tp <= threads; ++tp) {
+        if (threads % tp != 0) continue;
+        const auto tc = balanced(pixels, tp), rc = balanced(rows, threads / tp);
+        const double balance = worst(pixels, tc) * worst(rows, rc) * threads;  // 1 is perfect
+        const double bytes = (input / tp + weights * tp / threads) / (input + weights);
+        const double score = balance + 0.1 * bytes;
+        if (score < best) {
+            best = score;
+            tile_cuts = tc;
+            row_cuts = rc;
+        }
+    }
+    std::vector<Share> shares;
+    for (size_t p = 0; p + 1 < tile_cuts.size(); ++p)
+        for (size_t r = 0; r + 1 < row_cuts.size(); ++r)
+            shares.push_back({tile0 + tile_cuts[p], tile0 + tile_cuts[p + 1], plan.weight.cuts[row_cuts[r]],
+                              plan.weight.cuts[row_cuts[r + 1]]});
+    return shares;
+}
+
+void multiply(const Kernels& k, const ConvPlan& plan, const Share& share, const float* packed, const float* bias,
+              const float* residual, float* out, KernelAct act) {
+    const PackedWeight& w = plan.weight;
+    SpmmJob job{};
+    job.in = packed;
+    job.out = out;
+    job.bias = bias;
+    job.residual = residual;
+    job.plane = plan.shape.out.plane;
+    job.row_begin = share.row_begin;
+    job.row_end = share.row_end;
+    job.tiles = plan.tiles.data() + share.tile_begin;
+    job.tile_count = static_cast<int64_t>(share.tile_end - share.tile_begin);
+    job.masks = plan.masks.data();
+    job.act = act;
+    job.start = w.start.data();
+    job.entries = w.entries.data();
+    job.groups = static_cast<int32_t>(w.shifts.size());
+    job.shifts = w.shifts.data();
+    job.row_edges = plan.edges.data();
+    job.unroll = plan.unroll;
+    job.stream_start = w.start.data();
+    job.stream = w.stream.data();
+    job.dense = w.dense.data();
+    job.dense_offsets = w.dense_offsets.data();
+    job.dense_cols = static_cast<int64_t>(w.dense_offsets.size());
+    job.dense_rows_per_group = w.dense_rows_per_group;
+    job.dense_group_offset = w.dense_group_offset;
+    switch (w.kind) {
+        case WeightKind::single: k.single(job); break;
+        case WeightKind::masked: k.masked(job); break;
+        case WeightKind::dense: k.dense(job); break;
+    }
+}
+
+}  // namespace sparseprune

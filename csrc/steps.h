@@ -1,0 +1,44 @@
+// What the steps of a plan do: plain functions over layouts, each told which part is its own.
+#pragma once
+#include "conv.h"
+#include "cpu/kernels.h"
+#include "graph.h"
+#include "layout.h"
+
+namespace sparseprune {
+
+struct Part {  // thread `id` of `count`
+    int id, count;
+    int64_t begin(int64_t total) const { return total * id / count; }
+    int64_t end(int64_t total) const { return total * (id + 1) / count; }
+};
+
+KernelAct kernel_act(Act act);
+
+// Same (N, C, H, W), another layout.
+void copy_value(const Kernels& k, const Layout& from, const float* in, const Layout& to, float* out, Part part);
+// (N, C, H, W) to (N, C*H*W)
+void flatten_value(const Layout& from, const float* in, const Layout& to, float* out, Part part);
+// out = act(a + b); b may be null
+void add_values(const Kernels& k, const Layout& la, const float* a, const Layout& lb, const float* b, const Layout& lo,
+                float* out, KernelAct act, Part part);
+// scratch: input width floats
+void pool_value(const Kernels& k, const Node& node, const Layout& from, const float* in, const Layout& to, float* out,
+                float* scratch, Part part);
+void adaptive_pool_value(const Kernels& k, const Node& node, const Layout& from, const float* in, const Layout& to, float* out,
+                         Part part);
+
+// The packed input of a convolution: phase copy, or chunk `chunk` of the panel.
+void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, float* out, Part part);
+void fill_panel(const Kernels& k, const ConvPlan& plan, size_t chunk, const float* in, float* out, Part part);
+
+// Which tiles and rows a thread computes, for each (chunk, thread).
+struct Share {
+    size_t tile_begin, tile_end;
+    int64_t row_begin, row_end;
+};
+std::vector<Share> share_work(const ConvPlan& plan, size_t chunk, int threads);
+void multiply(const Kernels& k, const ConvPlan& plan, const Share& share, const float* packed, const float* bias,
+              const float* residual, float* out, KernelAct act);
+
+}  // namespace sparseprune

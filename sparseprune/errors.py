@@ -1,0 +1,21 @@
+"""The errors that sparseprune raises, all below `SparsepruneError`."""
+
+from __future__ import annotations
+
+__all__ = ["FormatError", "SparsepruneError", "UnsupportedError", "VerificationError"]
+
+
+class SparsepruneError(Exception):
+    """Base of every error of this package that is not a plain `ValueError` or `TypeError`."""
+
+
+class FormatError(SparsepruneError, ValueError):
+    """A file, or bytes, that are not a valid program or weights file."""
+
+
+class UnsupportedError(SparsepruneError, NotImplementedError):
+    """A model holds an operator, attribute or layer that cannot be converted; the message names both."""
+
+
+class VerificationError(SparsepruneError, AssertionError):
+    """A converted program's output is beyond the error bound of the masked dense model's."""

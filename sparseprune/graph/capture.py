@@ -1,0 +1,221 @@
+"""From a model and an example to a graph, with as many sizes left open as the model allows.
+
+The model is exported with every size dynamic but the channels; where that fails, or where a size takes part in a
+decision of the model's own code, with fewer; at last with the example's sizes only.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection, export
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..errors import UnsupportedError
+from . import passes
+from .ir import Graph
+from .lower import lower
+from .shapes import ShapeDependentError
+from .snapshot import snapshot
+
+__all__ = ["Captured", "capture"]
+
+_TORCH = str(Path(torch.__file__).parent)
+_Place = tuple[int, int]  # (which leaf of args, which dimension)
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A captured model.
+
+    Attributes:
+        graph: Its inputs are the tensor leaves of `args`, in order.
+        in_spec: The nesting of `args`, a `torch.utils._pytree` spec.
+        out_spec: The nesting of what the model returns; leaves are tensors and None.
+        constants: Leaves of `args` that are no tensors, by place among all leaves: the graph holds for these only.
+        notes: Sizes that had to be fixed, and why.
+    """
+
+    graph: Graph
+    in_spec: TreeSpec
+    out_spec: TreeSpec
+    constants: dict[int, object]
+    notes: tuple[str, ...]
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], *, optimize: bool = True) -> Captured:
+    """Exports `model` as it computes in evaluation mode; neither its tensors nor its flags nor its hooks are touched.
+
+    Args:
+        model: Any module; masks of `torch.nn.utils.prune` and parametrizations are applied to the captured weights.
+        args: The positional arguments of an example call; tensors float32, nested in any pytree.
+        optimize: Fold and fuse (`passes.optimize`); without, the graph is as the model wrote it, and has no bytes.
+
+    Raises:
+        TypeError: `model` is no module, or `args` no tuple.
+        ValueError: `args` holds no tensor, or one without elements.
+        UnsupportedError: An operator, dtype or output that a program cannot have; the message names it and its layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(args, tuple):
+        raise TypeError(f"args: expected a tuple of positional arguments, got {type(args).__name__}; for one x: (x,)")
+    leaves, in_spec = tree_flatten(args)
+    _check_leaves(leaves)
+    frozen = snapshot(_unwrap(model))
+    device = next((tensor.device for tensor in frozen.parameters()), torch.device("cpu"))
+    # detach makes each leaf an object of its own, also where one tensor is passed twice.
+    leaves = [leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    graph, out_spec, notes = _first_success(frozen, leaves, in_spec)
+    constants = {place: leaf for place, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+    return Captured(passes.optimize(graph) if optimize else graph, in_spec, out_spec, constants, tuple(notes))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and data parallel wrappers."""
+    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        return _unwrap(inner)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _unwrap(model.module)
+    return model
+
+
+def _check_leaves(leaves: list[Any]) -> None:
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ValueError("args: expected at least one tensor, got none")
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.dtype != torch.float32:
+            raise UnsupportedError(f"args, leaf {place}: is {leaf.dtype}, only torch.float32 is supported")
+        if isinstance(leaf, Tensor) and leaf.numel() == 0:
+            raise ValueError(f"args, leaf {place}: expected elements, got shape {tuple(leaf.shape)}")
+
+
+class _PinnedError(Exception):
+    """Export succeeded, but holds for the example's size of these dimensions only."""
+
+    def __init__(self, reasons: dict[_Place, str]) -> None:
+        super().__init__(str(reasons))
+        self.reasons = reasons
+
+
+def _first_success(model: nn.Module, leaves: list[Any], in_spec: TreeSpec) -> tuple[Graph, TreeSpec, list[str]]:
+    """Tries with ever fewer dynamic sizes."""
+    places = [(place, dim) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
+              for dim in range(leaf.ndim) if dim != 1]  # fmt: skip
+    plans = [places, [(place, dim) for place, dim in places if dim == 0], []]
+    fixed: dict[_Place, str] = {}
+    last: Exception | None = None
+    while plans:
+        dynamic = {place for place in plans[0] if place not in fixed}
+        try:
+            graph, out_spec = _attempt(model, leaves, in_spec, dynamic)
+        except _PinnedError as error:
+            fixed |= error.reasons
+            continue
+        except (ShapeDependentError, _ExportError) as error:
+            last = error
+            for place in set(plans.pop(0)) - set(plans[0] if plans else ()):
+                fixed.setdefault(place, "the model cannot be captured with it open")
+            while plans and dynamic == {place for place in plans[0] if place not in fixed}:
+                plans.pop(0)  # nothing new to try
+            continue
+        return graph, out_spec, [f"args, leaf {p}, dimension {d}: {why}" for (p, d), why in sorted(fixed.items())]
+    assert last is not None
+    raise last
+
+
+class _ExportError(UnsupportedError):
+    """`torch.export` could not follow the model's code."""
+
+
+def _attempt(model: nn.Module, leaves: list[Any], in_spec: TreeSpec, dynamic: set[_Place]) -> tuple[Graph, TreeSpec]:
+    # Export takes a size of 1 for a constant: a batch of one is shown to it twice.
+    doubled = {place for place, dim in dynamic if dim == 0 and leaves[place].shape[0] == 1}
+    example = [torch.cat([leaf, leaf]) if place in doubled else leaf for place, leaf in enumerate(leaves)]
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            shapes = ShapesCollection()  # by tensor: forward may take them as *args, or nested
+            for place, leaf in enumerate(example):
+                if isinstance(leaf, Tensor):
+                    shapes[leaf] = {dim: Dim.AUTO if (place, dim) in dynamic else None for dim in range(leaf.ndim)}
+            exported = export(model, tree_unflatten(example, in_spec), dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # export raises what the model's own code raises, too
+        text = str(error).strip().split("\n\n")[0]
+        raise _ExportError(f"torch.export could not capture the model: {type(error).__name__}: {text}") from error
+    if pinned := _pinned(exported, doubled):
+        raise _PinnedError(pinned)
+    out_spec = exported.call_spec.out_spec
+    if out_spec is None:
+        raise UnsupportedError("torch.export did not record how the outputs are nested")
+    return lower(exported, _output_tree(exported, out_spec)), out_spec
+
+
+def _pinned(exported: ExportedProgram, doubled: set[int]) -> dict[_Place, str]:
+    """The dimensions whose size the model's own code asked about, and doubled batches that export fixed."""
+    asked = dict(_user_guards(exported))
+    placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    specs = exported.graph_signature.input_specs
+    users = [node for node, spec in zip(placeholders, specs, strict=True) if spec.kind is InputKind.USER_INPUT]
+    pinned: dict[_Place, str] = {}
+    for place, node in enumerate(users):
+        shape = node.meta["val"].shape if isinstance(node.meta["val"], Tensor) else ()
+        for dim, size in enumerate(shape):
+            if isinstance(size, torch.SymInt) and not size.node.expr.is_Integer:
+                reasons = [asked[symbol] for symbol in size.node.expr.free_symbols if symbol in asked]
+                if reasons:
+                    pinned[place, dim] = f"the model's code depends on it: {reasons[0]}"
+            elif dim == 0 and place in doubled:
+                pinned[place, dim] = "the model fixes it"
+    return pinned
+
+
+def _user_guards(exported: ExportedProgram) -> Iterator[tuple[Any, str]]:
+    """Symbols in conditions that come from code outside torch (`if x.shape[2] > 64`), and where.
+
+    torch's own conditions (a window fits, a layout is contiguous) do not change what is computed; a condition of the
+    model's code chose between two computations, and only one of them was recorded.
+    """
+    for node in exported.graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            environment = mode.shape_env
+            break
+    else:
+        return
+    for guard in environment.guards:
+        frame = getattr(getattr(guard, "sloc", None), "framework_loc", None)
+        filename = getattr(frame, "filename", "")
+        if filename.startswith(_TORCH):
+            continue
+        # An equality that export took into account (`assert h == w`) simplifies to True and binds nothing more.
+        for symbol in getattr(environment.simplify(guard.expr), "free_symbols", ()):
+            yield symbol, f"{guard.expr} ({filename or 'unknown file'}:{getattr(frame, 'lineno', '?')})"
+
+
+def _output_tree(exported: ExportedProgram, out_spec: TreeSpec) -> dict[str, Any]:
+    specs = [spec for spec in exported.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    return _tree(tree_unflatten([spec.arg for spec in specs], out_spec), "output")
+
+
+def _tree(item: object, path: str) -> dict[str, Any]:
+    """`docs/program.md`'s tree of a nest of torch.export's argument descriptions."""
+    if isinstance(item, TensorArgument):
+        return {"kind": "tensor"}
+    if item is None or (isinstance(item, ConstantArgument) and item.value is None):
+        return {"kind": "none"}
+    if type(item) in (dict, OrderedDict) and all(isinstance(key, str) for key in item):  # type: ignore[attr-defined]
+        assert isinstance(item, dict)
+        items = [_tree(value, f"{path}[{key!r}]") for key, value in item.items()]
+        return {"kind": "dict", "keys": list(item), "items": items}
+    if type(item) in (list, tuple):
+        assert isinstance(item, list | tuple)
+        return {"kind": type(item).__name__, "items": [_tree(value, f"{path}[{i}]") for i, value in enumerate(item)]}
+    found = f"the constant {item.value!r}" if isinstance(item, ConstantArgument) else f"a {type(item).__name__}"
+    raise UnsupportedError(f"{path}: {found}; a model may return tensors and None in dicts (of str), lists and tuples")

@@ -1,0 +1,201 @@
+"""The graph as plain data, and its bytes: what `docs/program.md` describes. Needs NumPy and safetensors, not torch.
+
+Values are numbered: the inputs first, then one value for each node in order.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+__all__ = ["OPS", "BlockCSRLike", "Graph", "Input", "Node", "Weight", "pack_csr"]
+
+Array = NDArray[Any]
+
+OPS = frozenset({"conv", "linear", "max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "add", "act",
+                 "flatten"})  # fmt: skip
+
+_MAX_U16_COLUMNS = 1 << 16
+
+
+class BlockCSRLike(Protocol):
+    """What `Weight.sparse` must offer: the arrays of a `BlockCSR`."""
+
+    @property
+    def block_shape(self) -> tuple[int, int]: ...
+    @property
+    def crow_indices(self) -> Array: ...
+    @property
+    def col_indices(self) -> Array: ...
+    @property
+    def masks(self) -> Array | None: ...
+    @property
+    def values(self) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Input:
+    """A program input: each size is an integer (fixed) or a name (any size; equal names are equal sizes)."""
+
+    name: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A weight, float32, `(out, in/groups, kh, kw)`, `(out, in/groups, k)` or `(out, in)`.
+
+    `sparse`, where set, is what `Graph.to_bytes` writes instead of its own (1, 1) blocks; it must hold the same
+    numbers.
+    """
+
+    dense: Array
+    sparse: BlockCSRLike | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.dense.shape
+
+    @property
+    def kept_per_row(self) -> Array:
+        """The number of non-zeros of each row: `(out,)`, int64."""
+        return np.asarray(np.count_nonzero(self.dense.reshape(self.shape[0], -1), axis=1))
+
+    @property
+    def has_zeros(self) -> bool:
+        return int(np.count_nonzero(self.dense)) != self.dense.size
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """An operator. `scale` and `shift` (float64, `(C,)`) belong to `scale_shift`, which `passes` folds or lowers away.
+
+    Attributes:
+        op: One of `OPS`, or `scale_shift` before `passes.optimize`.
+        name: The torch layer's qualified name; a second use of the layer has `@1` appended.
+        inputs: Numbers of the values it reads.
+        weight: A key of `Graph.weights`.
+        bias: A key of `Graph.biases`.
+        attrs: As in `docs/program.md`.
+    """
+
+    op: str
+    name: str
+    inputs: tuple[int, ...]
+    attrs: dict[str, Any] = field(default_factory=dict)
+    weight: str | None = None
+    bias: str | None = None
+    scale: Array | None = None
+    shift: Array | None = None
+
+    @property
+    def act(self) -> str:
+        return str(self.attrs.get("act", "none"))
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A program: see `docs/program.md`. Immutable by convention; the passes return new graphs."""
+
+    inputs: tuple[Input, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[int, ...]
+    tree: dict[str, Any]
+    weights: dict[str, Weight]
+    biases: dict[str, Array]
+
+    def to_json(self) -> str:
+        """The graph's JSON document. Weights that no node uses are left out."""
+        return json.dumps(
+            {
+                "format": "sparseprune-program",
+                "version": 1,
+                "inputs": [{"name": i.name, "shape": list(i.shape)} for i in self.inputs],
+                "weights": {name: _weight_json(self.weights[name]) for name in self._used("weight")},
+                "nodes": [_node_json(node) for node in self.nodes],
+                "outputs": list(self.outputs),
+                "tree": self.tree,
+            }
+        )
+
+    def to_bytes(self) -> bytes:
+        """The program's container, a safetensors file.
+
+        Raises:
+            ValueError: The graph holds an operator that programs do not have, or an array that is not float32.
+        """
+        arrays: dict[str, Array] = {}
+        for name in self._used("weight"):
+            arrays.update(_weight_arrays(name, self.weights[name]))
+        for name in self._used("bias"):
+            arrays[name] = _float32(name, self.biases[name])
+        # safetensors writes the memory as it lies, so a strided array would be stored scrambled.
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        return bytes(save(contiguous, metadata={"sparseprune": self.to_json()}))
+
+    def _used(self, kind: str) -> list[str]:
+        return list(dict.fromkeys(name for node in self.nodes if (name := getattr(node, kind)) is not None))
+
+
+def pack_csr(dense: Array) -> tuple[Array, Array, Array]:
+    """The 1×1 blocks of a weight as a matrix `(out, K)`: crow_indices `(out + 1,)`, col_indices and values `(nnz,)`."""
+    matrix = dense.reshape(dense.shape[0], -1)
+    kept = matrix != 0
+    crow = np.zeros(matrix.shape[0] + 1, np.int64)
+    np.cumsum(kept.sum(axis=1), out=crow[1:])
+    if crow[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"a weight of shape {dense.shape} keeps {crow[-1]} values, more than int32 can index")
+    columns = np.nonzero(kept)[1].astype(_column_dtype(matrix.shape[1]))
+    return crow.astype(np.int32), columns, matrix[kept]
+
+
+def _column_dtype(columns: int) -> type[np.uint16] | type[np.int32]:
+    return np.uint16 if columns <= _MAX_U16_COLUMNS else np.int32
+
+
+def _float32(name: str, array: Array) -> Array:
+    if array.dtype != np.float32:
+        raise ValueError(f"array '{name}' is {array.dtype}, expected float32")
+    return array
+
+
+def _block_shape(weight: Weight) -> list[int] | None:
+    """None where the weight is stored dense."""
+    if weight.sparse is not None:
+        return [int(size) for size in weight.sparse.block_shape]
+    return [1, 1] if weight.has_zeros else None
+
+
+def _weight_json(weight: Weight) -> dict[str, Any]:
+    block_shape = _block_shape(weight)
+    return {"shape": list(weight.shape)} | ({} if block_shape is None else {"block_shape": block_shape})
+
+
+def _weight_arrays(name: str, weight: Weight) -> dict[str, Array]:
+    _float32(name, weight.dense)
+    masks: Array | None = None
+    if (block_shape := _block_shape(weight)) is None:
+        return {f"{name}.values": weight.dense}
+    if weight.sparse is None:
+        crow, columns, values = pack_csr(weight.dense)
+    else:
+        packed = weight.sparse
+        crow, values = packed.crow_indices.astype(np.int32), _float32(name, packed.values)
+        block_columns = -(-(weight.dense[0].size) // block_shape[1])
+        columns, masks = packed.col_indices.astype(_column_dtype(block_columns)), packed.masks
+    arrays = {"crow_indices": crow, "col_indices": columns, "values": values}
+    if masks is not None:
+        arrays["masks"] = masks.astype(np.uint64)
+    return {f"{name}.{key}": array for key, array in arrays.items()}
+
+
+def _node_json(node: Node) -> dict[str, Any]:
+    if node.op not in OPS:
+        raise ValueError(f"layer '{node.name}': a program has no operator '{node.op}'; run passes.optimize first")
+    named = {key: value for key in ("weight", "bias") if (value := getattr(node, key)) is not None}
+    return {"op": node.op, "name": node.name, "inputs": list(node.inputs), **named, "attrs": node.attrs}

@@ -1,0 +1,216 @@
+// Random layers against the double-precision oracle, every form and kind that fits, with an inaccessible page after each buffer.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <random>
+
+#include "check.h"
+#include "cpu/isa.h"
+#include "plan.h"
+#include "reference.h"
+
+using namespace sparseprune;
+
+namespace {
+
+// Floats that end exactly at an inaccessible page.
+class Guarded {
+public:
+    explicit Guarded(size_t floats) : floats_(floats) {
+        const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+        const size_t body = (floats * 4 + page - 1) / page * page;
+        bytes_ = body + 2 * page;
+        base_ = static_cast<char*>(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        mprotect(base_, page, PROT_NONE);
+        mprotect(base_ + page + body, page, PROT_NONE);
+        data_ = reinterpret_cast<float*>(base_ + page + body - floats * 4);
+    }
+    ~Guarded() { munmap(base_, bytes_); }
+    Guarded(const Guarded&) = delete;
+    float* data() { return data_; }
+    size_t size() const { return floats_; }
+
+private:
+    size_t floats_, bytes_;
+    char* base_;
+    float* data_;
+};
+
+struct Case {
+    std::shared_ptr<Graph> graph = std::make_shared<Graph>();
+    std::vector<float> weight;
+    Shape in, out;
+};
+
+using Random = std::mt19937;
+int64_t pick(Random& r, int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(r); }
+float real(Random& r) { return std::uniform_real_distribution<float>(-1.0f, 1.0f)(r); }
+
+size_t count(const Shape& s) {
+    size_t n = 1;
+    for (int64_t d : s) n *= static_cast<size_t>(d);
+    return n;
+}
+
+void choose_window(Random& r, Case& c, Node& node) {
+    Window& w = node.window;
+    const bool one_d = pick(r, 0, 7) == 0, same = pick(r, 0, 1) == 0;
+    for (int axis = 0; axis < 2; ++axis) {
+        const size_t a = static_cast<size_t>(axis);
+        if (one_d && axis == 0) continue;
+        const int64_t kernels[] = {1, 3, 3, 5, 2, 7, 4};
+        w.kernel[a] = kernels[pick(r, 0, 6)];
+        w.dilation[a] = pick(r, 0, 4) == 0 ? 2 : 1;
+        const int64_t extent = (w.kernel[a] - 1) * w.dilation[a];
+        w.stride[a] = same ? 1 : pick(r, 1, 3);
+        w.padding[a * 2] = same ? extent / 2 : pick(r, 0, extent);
+        w.padding[a * 2 + 1] = same ? extent - extent / 2 : pick(r, 0, extent);
+        const int64_t sizes[] = {1, 4, 7, 8, 9, 14, 16, 17, 28, 33};
+        c.in[a + 2] = std::max<int64_t>(sizes[pick(r, 0, 9)], extent + 1 - w.padding[a * 2] - w.padding[a * 2 + 1]);
+        if (pick(r, 0, 60) == 0 && axis == 1) c.in[a + 2] = pick(r, 50, 260);
+    }
+    if (one_d) c.in[2] = 1;
+}
+
+Case random_case(Random& r) {
+    Case c;
+    Node node;
+    node.op = pick(r, 0, 9) == 0 ? Op::linear : Op::conv;
+    node.name = "layer";
+    const int64_t groups[] = {1, 1, 1, 2, 3};
+    node.groups = node.op == Op::linear ? 1 : groups[pick(r, 0, 4)];
+    int64_t cin = pick(r, 1, 9), per_group = pick(r, 1, 9);
+    if (node.op == Op::conv && pick(r, 0, 7) == 0) {  // depthwise
+        node.groups = pick(r, 2, 12);
+        cin = per_group = 1;
+    }
+    if (node.op == Op::linear) cin = pick(r, 1, 90);
+    const int64_t batches[] = {1, 1, 2, 3, 9};
+    c.in = {batches[pick(r, 0, 4)], cin * node.groups, 1, 1};
+    if (node.op == Op::conv) choose_window(r, c, node);
+    const Window& w = node.window;
+    const int64_t oc = per_group * node.groups, taps = w.kernel[0] * w.kernel[1];
+    c.out = {c.in[0], oc, 1, 1};
+    for (size_t a = 0; a < 2; ++a)
+        c.out[a + 2] = (c.in[a + 2] + w.padding[a * 2] + w.padding[a * 2 + 1] - w.dilation[a] * (w.kernel[a] - 1) - 1) / w.stride[a] + 1;
+    const double densities[] = {0.0, 0.02, 0.05, 0.1, 0.3, 0.5, 1.0};
+    const double density = densities[pick(r, 0, 6)];
+    c.weight.resize(static_cast<size_t>(oc * cin * taps));
+    for (float& v : c.weight) v = std::uniform_real_distribution<double>(0, 1)(r) < density ? real(r) : 0.0f;
+    if (pick(r, 0, 9) == 0) c.weight[static_cast<size_t>(pick(r, 0, static_cast<int64_t>(c.weight.size()) - 1))] = 0.5f;
+    const int64_t blocks[] = {1, 1, 2, 4};
+    int64_t R = blocks[pick(r, 0, 3)], C = blocks[pick(r, 0, 3)];
+    if (oc % R != 0) R = 1;
+    if (cin * taps % C != 0) C = 1;
+    const Shape shape = node.op == Op::linear ? Shape{oc, cin} : Shape{oc, cin, w.kernel[0], w.kernel[1]};
+    Weight packed{shape, nullptr, nullptr};
+    if (pick(r, 0, 5) == 0) packed.dense = std::make_shared<const std::vector<float>>(c.weight);
+    else packed.sparse = std::make_shared<const BlockCSR>(BlockCSR::from_dense(c.weight.data(), nullptr, shape, R, C));
+    if (pick(r, 0, 1)) {
+        std::vector<float> bias(static_cast<size_t>(oc));
+        for (float& v : bias) v = real(r);
+        node.bias = std::make_shared<const std::vector<float>>(bias);
+    }
+    node.act = static_cast<Act>(pick(r, 0, 2));
+    node.weight = 0;
+    node.inputs = {0};
+    const bool linear = node.op == Op::linear;
+    c.graph->weights.push_back(packed);
+    c.graph->inputs.push_back({"x", linear ? Shape{-1, c.in[1]} : Shape{-1, c.in[1], -1, -1}, {"n", "", "h", "w"}});
+    if (pick(r, 0, 2) == 0) {
+        node.inputs.push_back(1);
+        c.graph->inputs.push_back({"r", linear ? Shape{-1, oc} : Shape{-1, oc, -1, -1}, {"n", "", "oh", "ow"}});
+    }
+    const int conv = static_cast<int>(c.graph->inputs.size());
+    if (pick(r, 0, 1) && !linear) {  // from an internal layout rather than the caller's
+        Node first;
+        first.op = Op::act;
+        first.name = "act";
+        first.inputs = {0};
+        c.graph->nodes.push_back(first);
+        node.inputs[0] = conv;
+    }
+    c.graph->nodes.push_back(node);
+    c.graph->outputs = {static_cast<int>(c.graph->inputs.size() + c.graph->nodes.size()) - 1};
+    return c;
+}
+
+Shape graph_shape(const Case& c, Shape s) {
+    if (c.graph->nodes.back().op == Op::linear) s.resize(2);
+    return s;
+}
+
+std::string describe(const Case& c, const Choice& choice, const char* isa) {
+    const Node& n = c.graph->nodes.back();
+    const Window& w = n.window;
+    std::string s = std::string(isa) + " " + form_name(choice.form) + "/" + kind_name(choice.kind) + "/" + std::to_string(choice.vectors);
+    s += " in " + to_string(c.in) + " out " + to_string(c.out) + " groups " + std::to_string(n.groups);
+    s += " kernel " + to_string({w.kernel[0], w.kernel[1]}) + " stride " + to_string({w.stride[0], w.stride[1]});
+    s += " padding " + to_string({w.padding[0], w.padding[1], w.padding[2], w.padding[3]});
+    return s + " dilation " + to_string({w.dilation[0], w.dilation[1]});
+}
+
+std::vector<float> run_plan(const Plan& plan, Guarded& x, Guarded& r, size_t size) {
+    Guarded out(size);
+    std::memset(out.data(), 0xFF, size * 4);  // NaN: what is not written is seen
+    const float* in[] = {x.data(), r.data()};
+    float* to[] = {out.data()};
+    plan.run(in, to);
+    return std::vector<float>(out.data(), out.data() + size);
+}
+
+void check_case(Random& random, const Case& c, const Kernels& kernels) {
+    const Node& node = c.graph->nodes.back();
+    Guarded x(count(c.in)), r(count(c.out));
+    for (size_t i = 0; i < x.size(); ++i) x.data()[i] = real(random);
+    for (size_t i = 0; i < r.size(); ++i) r.data()[i] = real(random);
+    const bool residual = node.inputs.size() > 1;
+    const Reference ref = conv_reference(node, c.weight, c.out[1], x.data(), c.in, c.out, residual ? r.data() : nullptr);
+    std::vector<Shape> shapes{graph_shape(c, c.in)};
+    if (residual) shapes.push_back(graph_shape(c, c.out));
+    const size_t last = c.graph->nodes.size() - 1;
+    std::vector<std::optional<Choice>> tries{std::nullopt};
+    {
+        const Plan plan(c.graph, shapes, {&kernels, 1});
+        const auto& all = plan.candidates()[last];
+        for (int i = 0; i < 3 && !all.empty(); ++i) tries.push_back(all[static_cast<size_t>(pick(random, 0, static_cast<int64_t>(all.size()) - 1))]);
+        // kinds that the default list leaves out at this density
+        for (WeightKind kind : {WeightKind::single, WeightKind::masked, WeightKind::dense})
+            for (Form form : {Form::direct, Form::phases, Form::halo, Form::panel})
+                tries.push_back(Choice{form, kind, static_cast<int>(pick(random, 1, 8))});
+    }
+    for (const auto& choice : tries) {
+        Choices wanted(c.graph->nodes.size());
+        wanted[last] = choice;
+        const Plan plan(c.graph, shapes, {&kernels, 1, true}, wanted);
+        if (choice && !(plan.choices()[last]->form == choice->form && plan.choices()[last]->kind == choice->kind)) continue;
+        const std::vector<float> y = run_plan(plan, x, r, count(c.out));
+        size_t bad = 0, where = 0;
+        for (size_t i = 0; i < y.size(); ++i)
+            if (!(std::fabs(static_cast<double>(y[i]) - ref.value[i]) <= ref.bound[i])) {
+                ++bad;
+                where = i;
+            }
+        if (bad) {
+            std::printf("%s: %zu of %zu wrong, at %zu: %g, expected %g\n", describe(c, *plan.choices()[last], kernels.name).c_str(),
+                        bad, y.size(), where, static_cast<double>(y[where]), ref.value[where]);
+        }
+        CHECK(bad == 0);
+        for (int threads : {2, 4}) {
+            const Plan more(c.graph, shapes, {&kernels, threads, true}, wanted);
+            CHECK(std::memcmp(run_plan(more, x, r, y.size()).data(), y.data(), y.size() * 4) == 0);
+        }
+    }
+}
+
+}  // namespace
+
+void fuzz_layers(const std::string& isa, int cases) {
+    const Kernels& kernels = kernels_for(isa);
+    for (int i = 0; i < cases; ++i) {
+        Random random(static_cast<unsigned>(i));
+        const Case c = random_case(random);
+        check_case(random, c, kernels);
+    }
+}

@@ -1,0 +1,27 @@
+// The native tests: one plain executable that sanitizers and emulators can run too.
+// usage: native_tests [cases per instruction set] [isa ...]
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cpu/isa.h"
+
+void test_reader();
+void test_parallel();
+void fuzz_layers(const std::string& isa, int cases);
+
+int main(int argc, char** argv) {
+    const int cases = argc > 1 ? std::atoi(argv[1]) : 2000;
+    std::vector<std::string> isas(argv + (argc > 2 ? 2 : argc), argv + argc);
+    if (isas.empty()) isas = sparseprune::supported_isas();
+    test_reader();
+    test_parallel();
+    for (const std::string& isa : isas) {
+        fuzz_layers(isa, cases);
+        std::printf("%s: %d random layers\n", isa.c_str(), cases);
+    }
+    std::printf("%d failures\n", check_failures());
+    return check_failures() != 0;
+}
