@@ -1,4 +1,4 @@
-# make demo   trains, prunes, converts and saves a small network (about three minutes once installed)
+# make demo   trains, prunes, converts and saves a small network (about two minutes once installed)
 # make test   runs the tests           make lint   ruff and mypy
 # make wheel  a wheel in dist/         make clean  removes what these made, but for .venv (make distclean: that too)
 #

@@ -222,15 +222,20 @@ void bind_program(py::module_& m) {
             py::arg("shapes"), py::arg("threads") = py::none(), py::arg("isa") = py::none())
         .def(
             "tune",
-            [](Program& p, const std::vector<Shape>& shapes, double budget_seconds, std::function<bool(int, int)> progress,
+            [](Program& p, const std::vector<Shape>& shapes, double budget_seconds, double min_gain, std::function<bool(int, int)> progress,
                std::optional<int> threads, std::optional<std::string> isa) {
                 const Kernels& kernels = kernels_named(isa);
                 const int count = threads_or_default(threads);
                 std::vector<TunedLayer> layers;
+                const auto call = [&](int done, int all) {  // the callback is Python's
+                    py::gil_scoped_acquire held;
+                    return !progress || (PyErr_CheckSignals() == 0 && progress(done, all));
+                };
                 {
                     py::gil_scoped_release released;
-                    layers = tune(p, shapes, count, kernels, budget_seconds, progress);
+                    layers = tune(p, shapes, count, kernels, budget_seconds, min_gain, call);
                 }
+                if (PyErr_Occurred()) throw py::error_already_set();
                 py::list out;
                 for (const TunedLayer& l : layers) {
                     py::dict d;
@@ -243,7 +248,7 @@ void bind_program(py::module_& m) {
                 }
                 return out;
             },
-            py::arg("shapes"), py::arg("budget_seconds"), py::arg("progress") = py::none(), py::arg("threads") = py::none(),
+            py::arg("shapes"), py::arg("budget_seconds"), py::arg("min_gain") = 1.0, py::arg("progress") = py::none(), py::arg("threads") = py::none(),
             py::arg("isa") = py::none());
 }
 

@@ -41,8 +41,8 @@ constexpr int kFinalRuns = 8;  // of the two best in the second
 
 class Tuner {
 public:
-    Tuner(Program& program, const std::vector<Shape>& shapes, int threads, const Kernels& kernels)
-        : program_(program), shapes_(shapes), options_{&kernels, threads},
+    Tuner(Program& program, const std::vector<Shape>& shapes, int threads, const Kernels& kernels, double min_gain)
+        : program_(program), shapes_(shapes), options_{&kernels, threads}, min_gain_(min_gain),
           base_(std::make_shared<const Plan>(program.shared_graph(), shapes, options_)), trial_(*base_),
           best_(base_->candidates().size()) {
         for (size_t n = 0; n < best_.size(); ++n) best_[n].assign(base_->candidates()[n].size(), 1e30);
@@ -73,7 +73,11 @@ private:
     std::vector<size_t> ranking(size_t node) const {
         std::vector<size_t> order(best_[node].size());
         for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-        std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return best_[node][a] < best_[node][b]; });
+        const auto cost = [&](size_t i) {
+            const bool dense = base_->candidates()[node][i].kind == WeightKind::dense;
+            return best_[node][i] / (dense ? min_gain_ : 1.0);
+        };
+        std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return cost(a) < cost(b); });
         return order;
     }
 
@@ -112,6 +116,7 @@ private:
     Program& program_;
     std::vector<Shape> shapes_;
     PlanOptions options_;
+    double min_gain_;
     std::shared_ptr<const Plan> base_;
     Trial trial_;
     std::vector<std::vector<double>> best_;  // by node, by candidate: fastest seconds seen
@@ -120,8 +125,8 @@ private:
 }  // namespace
 
 std::vector<TunedLayer> tune(Program& program, const std::vector<Shape>& shapes, int threads, const Kernels& kernels,
-                             double budget_seconds, const std::function<bool(int, int)>& progress) {
-    return Tuner(program, shapes, threads, kernels).tune(budget_seconds, progress);
+                             double budget_seconds, double min_gain, const std::function<bool(int, int)>& progress) {
+    return Tuner(program, shapes, threads, kernels, min_gain).tune(budget_seconds, progress);
 }
 
 }  // namespace sparseprune

@@ -1,6 +1,6 @@
 """The whole way of a model, on real images: train, prune, finetune, convert, save, reload without torch.
 
-    python examples/demo.py                    # about three minutes on two cores; `make demo` runs this
+    python examples/demo.py                    # about two minutes on two cores; `make demo` runs this
     python examples/demo.py --data DIR         # all of Fashion-MNIST: DIR holds its four IDX files, raw or .gz
 
 Reads top to bottom as a tutorial; everything of sparseprune that it uses is in `main()`.
@@ -93,7 +93,7 @@ def predict_without_torch(program: Path, images: Tensor) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train, prune, finetune, convert and save a small residual network.")
     parser.add_argument("--data", type=Path, help="folder with Fashion-MNIST's IDX files (default: the subset here)")
-    parser.add_argument("--epochs", type=int, default=8, help="epochs of dense training; finetuning takes 3/4 of them")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of dense training; finetuning takes 2/3 of them")
     parser.add_argument("--sparsity", type=float, default=0.95, help="share of the weights that become zero")
     parser.add_argument("--output", type=Path, default=Path("demo_out"), help="where the files go")
     parser.add_argument("--threads", type=int, default=min(4, len(os.sched_getaffinity(0))))
@@ -119,7 +119,7 @@ def main() -> None:
     accuracy_cut = float(np.mean(predict(model.eval(), images) == labels.numpy()))
 
     print("3. Finetune what is left")
-    train(model, train_set, max(1, args.epochs * 3 // 4))
+    train(model, train_set, max(1, args.epochs * 2 // 3))
     sparseprune.finalize(model)  # masks become plain zeros
     model.eval().to(memory_format=torch.contiguous_format)
     masked = predict(model, images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +19,15 @@ from sparseprune.pruning import Block, Local, Mask, Scores, finalize, get_mask, 
 from sparseprune.pruning.scopes import prune_units
 
 pytestmark = pytest.mark.filterwarnings("ignore:pruned to nothing")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny layers: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def network(seed: int = 0) -> nn.Sequential:

@@ -6,6 +6,7 @@ decision of the model's own code, with fewer; at last with the example's sizes o
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from .snapshot import snapshot
 
 __all__ = ["Captured", "capture"]
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
 _Place = tuple[int, int]  # (which leaf of args, which dimension)
 
 
@@ -70,6 +71,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, optimize: bool = True) -
     leaves, in_spec = tree_flatten(args)
     _check_leaves(leaves)
     frozen = snapshot(_unwrap(model))
+    for name, parameter in frozen.named_parameters():
+        if (parameter.is_floating_point() or parameter.is_complex()) and parameter.dtype != torch.float32:
+            raise UnsupportedError(f"parameter '{name}' is {parameter.dtype}, only torch.float32 is supported")
     device = next((tensor.device for tensor in frozen.parameters()), torch.device("cpu"))
     # detach makes each leaf an object of its own, also where one tensor is passed twice.
     leaves = [leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -126,9 +130,19 @@ def _first_success(model: nn.Module, leaves: list[Any], in_spec: TreeSpec) -> tu
             while plans and dynamic == {place for place in plans[0] if place not in fixed}:
                 plans.pop(0)  # nothing new to try
             continue
-        return graph, out_spec, [f"args, leaf {p}, dimension {d}: {why}" for (p, d), why in sorted(fixed.items())]
+        return graph, out_spec, _notes(graph, leaves, dynamic, fixed)
     assert last is not None
     raise last
+
+
+def _notes(graph: Graph, leaves: list[Any], dynamic: set[_Place], fixed: dict[_Place, str]) -> list[str]:
+    """Why sizes are fixed, those that export fixed unasked included (`max_pool1d` does so, and a size of 1)."""
+    tensors = (place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    for place, spec in zip(tensors, graph.inputs, strict=True):
+        for dim, size in enumerate(spec.shape):
+            if isinstance(size, int) and (place, dim) in dynamic:
+                fixed[place, dim] = "torch.export fixes it"
+    return [f"args, leaf {place}, dimension {dim}: {why}" for (place, dim), why in sorted(fixed.items())]
 
 
 class _ExportError(UnsupportedError):
@@ -141,10 +155,10 @@ def _attempt(model: nn.Module, leaves: list[Any], in_spec: TreeSpec, dynamic: se
     example = [torch.cat([leaf, leaf]) if place in doubled else leaf for place, leaf in enumerate(leaves)]
     try:
         with torch.inference_mode(False), torch.no_grad():
-            shapes = ShapesCollection()  # by tensor: forward may take them as *args, or nested
+            shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]  # by tensor: forward may take *args
             for place, leaf in enumerate(example):
-                if isinstance(leaf, Tensor):
-                    shapes[leaf] = {dim: Dim.AUTO if (place, dim) in dynamic else None for dim in range(leaf.ndim)}
+                for dim in range(leaf.ndim if isinstance(leaf, Tensor) else 0):
+                    shapes[leaf][dim] = Dim.AUTO if (place, dim) in dynamic else Dim.STATIC
             exported = export(model, tree_unflatten(example, in_spec), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # export raises what the model's own code raises, too
         text = str(error).strip().split("\n\n")[0]

@@ -62,9 +62,8 @@ def lower(exported: ExportedProgram, tree: dict[str, Any]) -> Graph:
         except ShapeDependentError:
             raise
         except UnsupportedError as second:
-            raise UnsupportedError(
-                f"{first} (tried: the exported graph, then its decompositions, where {second})"
-            ) from second
+            after = "" if str(first) == str(second) else f", where {second}"
+            raise UnsupportedError(f"{first} (tried: the exported graph, then its decompositions{after})") from second
 
 
 class Lowering:

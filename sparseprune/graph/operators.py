@@ -199,7 +199,7 @@ def _per_channel(ctx: Lowering, node: fx.Node, value: fx.Node, constant: Any) ->
         tensor, fits = torch.tensor(number), isinstance(number, int | float)
     if not fits or len(shape) < 2 or not isinstance(shape[1], int):
         raise _refuse(node, "its constant operand is not a number or one number for each channel")
-    return np.array(tensor.detach().double().cpu().reshape(-1).expand(shape[1]))
+    return np.asarray(tensor.detach().double().cpu().reshape(-1).expand(shape[1]).clone().numpy())
 
 
 def _dropout(ctx: Lowering, node: fx.Node, a: Arguments) -> int:

@@ -1,0 +1,52 @@
+"""sparseprune makes pruned PyTorch models actually fast. Names are loaded when first used: importing this costs nothing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> the module it lives in
+_HOMES = {
+    "BlockCSR": "bsr",
+    "convert": "conversion",
+    "SparseModule": "module",
+    "load": "module",
+    "load_pruned": "files",
+    "load_weights": "files",
+    "save_weights": "files",
+    "prune": "pruning",
+    "hold_zeros": "pruning",
+    "finalize": "pruning",
+    "summary": "pruning",
+    "finetune": "training",
+    "evaluate": "training",
+    "benchmark": "benchmarking",
+    "BenchmarkResult": "benchmarking",
+    "prune_uniform": "synthetic",
+    "num_threads": "threads",
+    "set_num_threads": "threads",
+    "FormatError": "errors",
+    "SparsepruneError": "errors",
+    "UnsupportedError": "errors",
+    "VerificationError": "errors",
+}
+_MODULES = ("errors", "graph", "ops", "pruning", "runtime", "training", "zoo")
+
+__all__ = ["__version__", *_HOMES, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,193 @@
+"""SparseModule: a converted model, used like the torch module that it came from."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from . import runtime
+from .errors import SparsepruneError
+from .report import Report
+
+__all__ = ["SparseModule", "load"]
+
+
+class Converted:
+    """What a conversion yields; `SparseModule` runs it."""
+
+    def __init__(
+        self,
+        program: runtime.Program,
+        in_spec: TreeSpec | None = None,
+        constants: dict[int, object] | None = None,
+        report: Report | None = None,
+        dense: Callable[..., Any] | None = None,
+    ) -> None:
+        self.program = program
+        self.in_spec = in_spec  # None: the inputs are the tensors themselves
+        self.constants = constants or {}
+        self.report = report
+        self.dense = dense  # what runs instead, where it was faster
+
+
+class SparseModule(nn.Module):
+    """An eval-mode module that runs a native program: one native call per inference. Made by `sparseprune.convert`.
+
+    Outputs are fresh tensors and carry no gradient. Safe to call from many threads at once. It has no parameters: the weights were
+    snapshot when the model was converted. NaN and Inf in an input propagate through kept weights; a pruned weight may ignore them.
+    """
+
+    def __init__(self, converted: Converted | None, convert: Callable[[tuple[Any, ...]], Converted] | None = None) -> None:
+        """For `sparseprune.convert`: either what it made, or what makes it at the first call."""
+        super().__init__()
+        self._converted = converted
+        self._convert = convert
+        self._lock = threading.Lock()
+        super().train(False)
+
+    @property
+    def report(self) -> Report:
+        """What was done and why: `str(report)` is a table; `.layers`, `.to_dict()`.
+
+        Raises:
+            SparsepruneError: Nothing is converted yet, or the program was loaded from a file, which carries no report.
+        """
+        if self._converted is None:
+            raise SparsepruneError("nothing is converted yet: call the module once, or give convert example_inputs")
+        if self._converted.report is None:
+            raise SparsepruneError("a loaded program carries no report; `sparseprune inspect FILE` shows what is in it")
+        return self._converted.report
+
+    def train(self, mode: bool = True) -> SparseModule:
+        if mode:
+            raise SparsepruneError("a converted model cannot be trained: train the original model and convert it again")
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the program on float32 CPU tensors, nested as in the example inputs.
+
+        Raises:
+            TypeError: Keyword arguments, another nesting, or a dtype that is not float32.
+            ValueError: A shape, device or constant that does not fit.
+        """
+        if kwargs:
+            raise TypeError(f"keyword arguments are not supported by a converted model: {', '.join(kwargs)}; pass them by position")
+        converted = self._converted or self._convert_now(args)
+        leaves = self._leaves(converted, args)
+        if converted.dense is not None:
+            with torch.inference_mode():
+                return converted.dense(*args)
+        return self._run(converted.program, leaves)
+
+    def warmup(self, *inputs: Any) -> SparseModule:
+        """Plans and tunes for the shapes of these inputs, then runs once: later calls of these shapes are at full speed."""
+        converted = self._converted or self._convert_now(inputs)
+        leaves = self._leaves(converted, inputs)
+        from .conversion import tune_program
+
+        tune_program(converted.program, [tuple(x.shape) for x in leaves])
+        self(*inputs)
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the program as one `.spr` file: the non-zeros, the graph, no pickle. It is written beside and renamed.
+
+        Raises:
+            SparsepruneError: Nothing is converted yet.
+        """
+        if self._converted is None:
+            raise SparsepruneError("nothing is converted yet: call the module once, or give convert example_inputs, before save")
+        write_beside(path, self._converted.program.data)
+
+    def extra_repr(self) -> str:
+        if self._converted is None:
+            return "converts at the first call"
+        return ", ".join(f"{name}: {shape}" for name, shape in self._converted.program.inputs)
+
+    def _convert_now(self, args: tuple[Any, ...]) -> Converted:
+        with self._lock:
+            if self._converted is None:
+                assert self._convert is not None
+                self._converted = self._convert(args)
+                self._convert = None  # lets go of the model
+            return self._converted
+
+    def _leaves(self, converted: Converted, args: tuple[Any, ...]) -> list[Tensor]:
+        leaves: list[Any] = list(args)
+        if not (len(args) == 1 and isinstance(args[0], Tensor) and not converted.constants):
+            leaves, spec = tree_flatten(args)
+            if converted.in_spec is not None and spec != converted.in_spec:
+                raise TypeError(f"inputs: expected the nesting {converted.in_spec}, got {spec}")
+            for place, constant in converted.constants.items():
+                if type(leaves[place]) is not type(constant) or leaves[place] != constant:
+                    raise ValueError(f"inputs: leaf {place} was {constant!r} at conversion, which fixed it; got {leaves[place]!r}")
+            leaves = [leaf for place, leaf in enumerate(leaves) if place not in converted.constants]
+        expected = converted.program.inputs
+        if len(leaves) != len(expected):
+            raise TypeError(f"inputs: expected {len(expected)} tensors, got {len(leaves)}")
+        for leaf, (name, shape) in zip(leaves, expected, strict=True):
+            _check_input(leaf, name, shape)
+        return leaves
+
+    def _run(self, program: runtime.Program, leaves: list[Tensor]) -> Any:
+        plan = program.plan(*(tuple(x.shape) for x in leaves))
+        inputs = [x.detach().contiguous().numpy() for x in leaves]
+        outputs = [torch.empty(shape, dtype=torch.float32) for shape in plan.output_shapes]
+        plan.run(inputs, [y.numpy() for y in outputs])
+        return runtime.nest(program._tree, iter(outputs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseModule:
+        return SparseModule(self._converted, self._convert)  # the program is immutable
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise SparsepruneError("a SparseModule is not pickled: use .save(path) and sparseprune.load(path)")
+
+
+def load(path: str | os.PathLike[str]) -> SparseModule:
+    """Loads a program that `SparseModule.save` wrote, as a torch module. See `sparseprune.runtime.load` for NumPy alone.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        FormatError: It is no program, or a damaged one.
+
+    Example:
+        >>> fast = sparseprune.load("model.spr")
+        >>> y = fast(x)
+    """
+    return SparseModule(Converted(runtime.load(path)))
+
+
+def write_beside(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file whole or not at all: into a temporary one in the same directory, which then takes the name."""
+    target = os.fspath(path)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target) or ".", prefix=os.path.basename(target) + ".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _check_input(x: Any, name: str, shape: tuple[int | str, ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input {name!r}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype != torch.float32:
+        raise TypeError(f"input {name!r}: expected dtype float32, got {x.dtype}")
+    if x.device.type != "cpu":
+        raise ValueError(f"input {name!r}: expected a tensor on the CPU, got one on {x.device}")
+    if x.dim() != len(shape):
+        raise ValueError(f"input {name!r}: expected {len(shape)} dimensions {shape}, got shape {tuple(x.shape)}")
+
+

@@ -1,0 +1,229 @@
+"""Single sparse operators on tensors, for those who want just them. Outputs carry no gradient.
+
+Registered through `torch.library` (`sparseprune::linear`, `sparseprune::conv2d`) with fakes; the registration layer costs about ten
+microseconds a call, so it is used only while torch is compiling or exporting.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native
+from .bsr import BlockCSR
+
+__all__ = ["conv2d", "linear"]
+
+_Pair = int | Sequence[int]
+
+
+def linear(x: Tensor, weight: BlockCSR, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` with a sparse weight. The output carries no gradient, whatever `x` requires.
+
+    Args:
+        x: float32 on the CPU, `(..., in)`.
+        weight: `(out, in)`.
+        bias: float32, `(out,)`.
+
+    Returns:
+        float32, `(..., out)`.
+
+    Raises:
+        TypeError: An argument is no tensor, or not float32.
+        ValueError: Shapes or devices that do not fit.
+
+    Example:
+        >>> y = sparseprune.ops.linear(x, BlockCSR.from_dense(layer.weight), layer.bias)
+    """
+    _check(x, weight, bias, 2)
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: expected shape (..., {weight.shape[1]}), got {tuple(x.shape)}")
+    if torch.compiler.is_compiling():
+        return torch.ops.sparseprune.linear(x, *_tensors(weight), bias)  # type: ignore[no-any-return]
+    return _linear(x, weight, bias)
+
+
+def conv2d(
+    x: Tensor,
+    weight: BlockCSR,
+    bias: Tensor | None = None,
+    *,
+    stride: _Pair = 1,
+    padding: _Pair = 0,
+    dilation: _Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv2d` with a sparse weight. The output carries no gradient, whatever `x` requires.
+
+    Args:
+        x: float32 on the CPU, `(N, in, H, W)`.
+        weight: `(out, in/groups, kh, kw)`.
+        bias: float32, `(out,)`.
+        stride, padding, dilation: an int, or `(h, w)`; in pixels.
+
+    Returns:
+        float32, `(N, out, H', W')`.
+
+    Raises:
+        TypeError: An argument is no tensor, or not float32.
+        ValueError: Shapes, devices or attributes that do not fit.
+
+    Example:
+        >>> y = sparseprune.ops.conv2d(x, BlockCSR.from_dense(conv.weight), conv.bias, padding=1)
+    """
+    _check(x, weight, bias, 4)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected shape (N, C, H, W), got {tuple(x.shape)}")
+    pairs = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    if torch.compiler.is_compiling():
+        stride, padding, dilation = (list(p) for p in pairs)
+        return torch.ops.sparseprune.conv2d(x, *_tensors(weight), bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+    return _conv2d(x, weight, bias, *pairs, groups)
+
+
+def _linear(x: Tensor, weight: BlockCSR, bias: Tensor | None) -> Tensor:
+    if x.numel() == 0:
+        return x.new_zeros((*x.shape[:-1], weight.shape[0]))
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    return _run(weight, (0, (1, 1), (0, 0, 0, 0), (1, 1), 1), rows, bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _conv2d(
+    x: Tensor,
+    weight: BlockCSR,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    sides = (padding[0], padding[0], padding[1], padding[1])
+    return _run(weight, (2, stride, sides, dilation, groups), x.detach().contiguous(), bias)
+
+
+def _run(weight: BlockCSR, layer: tuple[Any, ...], x: Tensor, bias: Tensor | None) -> Tensor:
+    program = weight._programs.get(layer)
+    if program is None:
+        program = weight._programs.setdefault(layer, _native.Program.layer(weight._native, *layer))
+    plan = program.plan([tuple(x.shape)])
+    out = torch.empty(plan.output_shapes[0], dtype=torch.float32)
+    plan.run([x.numpy()], [out.numpy()])
+    if bias is not None:
+        out += bias.detach().reshape(-1, *(1,) * (out.dim() - 2))
+    return out
+
+
+def _check(x: Tensor, weight: BlockCSR, bias: Tensor | None, rank: int) -> None:
+    if not isinstance(weight, BlockCSR):
+        raise TypeError(f"weight: expected a BlockCSR, got {type(weight).__name__}; see BlockCSR.from_dense")
+    if len(weight.shape) != rank:
+        raise ValueError(f"weight: expected {rank} dimensions, got shape {weight.shape}")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name}: expected dtype float32, got {tensor.dtype}")
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name}: expected a tensor on the CPU, got one on {tensor.device}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _pair(name: str, value: _Pair) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f"{name}: expected an int or two of them, got {value!r}")
+    return int(value[0]), int(value[1])
+
+
+# ---- torch.library ----
+
+_MOST_WEIGHTS = 64
+_weights: OrderedDict[tuple[Any, ...], tuple[BlockCSR, list[Tensor]]] = OrderedDict()
+
+
+def _tensors(weight: BlockCSR) -> list[Any]:
+    """A weight as the operators take it: crow_indices, col_indices, masks (as int64 bits), values, shape, block_shape."""
+    arrays = (weight.crow_indices, weight.col_indices, weight.masks.view("int64"), weight.values)
+    return [*(torch.from_numpy(a) for a in arrays), list(weight.shape), list(weight.block_shape)]
+
+
+def _weight(crow: Tensor, col: Tensor, masks: Tensor, values: Tensor, shape: Sequence[int], block: Sequence[int]) -> BlockCSR:
+    """The weight of these tensors, checked and packed once as long as they stay the same memory, unwritten."""
+    tensors = [crow, col, masks, values]
+    key = (*((t.data_ptr(), t._version, t.numel()) for t in tensors), tuple(shape), tuple(block))
+    found = _weights.get(key)
+    if found is None:
+        bits = masks.contiguous().numpy().view("uint64")
+        found = (BlockCSR(shape, (block[0], block[1]), crow.numpy(), col.numpy(), bits, values.detach().numpy()), tensors)
+        _weights[key] = found  # holds the tensors too, so that their memory is not given to others
+        if len(_weights) > _MOST_WEIGHTS:
+            _weights.popitem(last=False)
+    return found[0]
+
+
+@torch.library.custom_op("sparseprune::linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    masks: Tensor,
+    values: Tensor,
+    shape: list[int],
+    block_shape: list[int],
+    bias: Tensor | None,
+) -> Tensor:
+    return _linear(x, _weight(crow_indices, col_indices, masks, values, shape, block_shape), bias)
+
+
+@_linear_op.register_fake
+def _linear_fake(
+    x: Tensor, crow: Tensor, col: Tensor, masks: Tensor, values: Tensor, shape: list[int], block: list[int], bias: Tensor | None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+@torch.library.custom_op("sparseprune::conv2d", mutates_args=())
+def _conv2d_op(
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    masks: Tensor,
+    values: Tensor,
+    shape: list[int],
+    block_shape: list[int],
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    weight = _weight(crow_indices, col_indices, masks, values, shape, block_shape)
+    pairs = ((v[0], v[1]) for v in (stride, padding, dilation))
+    return _conv2d(x, weight, bias, *pairs, groups)  # type: ignore[misc, arg-type]
+
+
+@_conv2d_op.register_fake
+def _conv2d_fake(
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    masks: Tensor,
+    values: Tensor,
+    shape: list[int],
+    block: list[int],
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    size = [(x.shape[2 + a] + 2 * padding[a] - dilation[a] * (shape[2 + a] - 1) - 1) // stride[a] + 1 for a in (0, 1)]
+    return x.new_empty((x.shape[0], shape[0], *size))

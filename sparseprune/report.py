@@ -1,0 +1,99 @@
+"""What a conversion did, layer by layer: the report of a `SparseModule`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["LayerReport", "Report"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One convolution or linear layer.
+
+    Attributes:
+        name: The torch layer's qualified name.
+        op: `conv` or `linear`.
+        shape: The weight's.
+        sparsity: Zeros / total.
+        block_density: Stored blocks / all blocks of the packed weight.
+        dense_ms: The fastest dense way measured inside the running network (torch's best layout, or our dense kernel), milliseconds;
+            None where nothing was timed.
+        sparse_ms: Ours as chosen, measured inside the running network, with its packing; milliseconds.
+        choice: What runs: form of the packed input / kind of the packed weight / vectors a tile.
+        reason: Why.
+        error: Largest absolute difference from float64 at this layer's output, on the examples; None where not verified.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    sparsity: float
+    block_density: float
+    dense_ms: float | None
+    sparse_ms: float | None
+    choice: str
+    reason: str
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A conversion's report. `str(report)` is a table.
+
+    Attributes:
+        layers: Every convolution and linear layer, in order.
+        runs: `sparse` (the native program), or `eager` / `channels_last` where that dense way was faster.
+        reason: Why.
+        times_ms: Median milliseconds of the whole model: `sparse`, `eager`, `channels_last`; empty where nothing was timed.
+        max_error, bound: Largest absolute difference from float64 on the examples, and what was allowed there.
+        input_shapes, threads, isa, torch: What it was measured with.
+        notes: What else is worth knowing, such as sizes that had to be fixed.
+    """
+
+    layers: tuple[LayerReport, ...]
+    runs: str
+    reason: str
+    input_shapes: tuple[tuple[int, ...], ...]
+    threads: int
+    isa: str
+    torch: str
+    times_ms: dict[str, float] = field(default_factory=dict)
+    max_error: float | None = None
+    bound: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [("layer", "weight", "sparsity", "dense ms", "ours ms", "runs as", "why", "error")]
+        for layer in self.layers:
+            rows.append(
+                (
+                    layer.name,
+                    "x".join(map(str, layer.shape)),
+                    f"{layer.sparsity:.1%}",
+                    _number(layer.dense_ms, "{:.3f}"),
+                    _number(layer.sparse_ms, "{:.3f}"),
+                    layer.choice,
+                    layer.reason,
+                    _number(layer.error, "{:.1e}"),
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append("")
+        lines.append(f"runs: {self.runs} ({self.reason}); inputs {self.input_shapes}, {self.threads} threads, {self.isa}")
+        if self.times_ms:
+            lines.append("whole model, ms: " + ", ".join(f"{name} {ms:.3f}" for name, ms in self.times_ms.items()))
+        if self.max_error is not None:
+            lines.append(f"largest error against float64: {self.max_error:.2e} (allowed there: {_number(self.bound, '{:.2e}')})")
+        lines.extend(f"note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
