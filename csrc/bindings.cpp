@@ -114,6 +114,26 @@ py::object choice_dict(const std::optional<Choice>& c) {
     return d;
 }
 
+Choices choices_from(const py::list& list) {
+    Choices out;
+    for (const py::handle item : list) {
+        if (item.is_none()) {
+            out.push_back(std::nullopt);
+            continue;
+        }
+        const py::dict d = py::cast<py::dict>(item);
+        out.push_back(choice_named(py::cast<std::string>(d["form"]), py::cast<std::string>(d["kind"]), py::cast<int64_t>(d["vectors"])));
+        if (!out.back()) throw ValueError(message("choices: ", py::str(item).cast<std::string>(), " is none of the known choices"));
+    }
+    return out;
+}
+
+py::list choice_list(const Choices& choices) {
+    py::list out;
+    for (const auto& c : choices) out.append(choice_dict(c));
+    return out;
+}
+
 void bind_block_csr(py::module_& m) {
     py::class_<BlockCSR, std::shared_ptr<BlockCSR>>(m, "BlockCSR")
         .def(py::init([](std::vector<int64_t> shape, std::pair<int64_t, int64_t> block_shape, py::array_t<int32_t, 17> crow,
@@ -181,11 +201,7 @@ void bind_program(py::module_& m) {
                                    return out;
                                })
         .def_property_readonly("choices",
-                               [](const Plan& p) {
-                                   py::list out;
-                                   for (const auto& c : p.choices()) out.append(choice_dict(c));
-                                   return out;
-                               })
+[](const Plan& p) { return choice_list(p.choices()); })
         .def_property_readonly("threads", &Plan::threads)
         .def_property_readonly("isa", [](const Plan& p) { return std::string(p.isa()); })
         .def_property_readonly("arena_bytes", &Plan::arena_bytes)
@@ -210,6 +226,12 @@ void bind_program(py::module_& m) {
             py::arg("weight"), py::arg("dims"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"))
         .def_property_readonly("inputs", [](const Program& p) { return input_list(p.graph()); })
         .def_property_readonly("tree", [](const Program& p) { return p.graph().tree; })
+        .def_property_readonly("tuned",
+                               [](Program& p) {
+                                   py::list out;
+                                   for (const Tuned& t : p.tuned()) out.append(py::make_tuple(t.isa, t.shapes, choice_list(t.choices)));
+                                   return out;
+                               })
         .def_property_readonly("layers", [](const Program& p) { return layer_list(p.graph()); })
         .def(
             "plan",
@@ -220,6 +242,12 @@ void bind_program(py::module_& m) {
                 return std::const_pointer_cast<Plan>(p.plan(shapes, count, kernels));
             },
             py::arg("shapes"), py::arg("threads") = py::none(), py::arg("isa") = py::none())
+        .def(
+            "set_choices",
+            [](Program& p, const std::vector<Shape>& shapes, const py::list& choices, std::optional<std::string> isa) {
+                p.set_choices(kernels_named(isa).name, shapes, choices_from(choices));
+            },
+            py::arg("shapes"), py::arg("choices"), py::arg("isa") = py::none())
         .def(
             "tune",
             [](Program& p, const std::vector<Shape>& shapes, double budget_seconds, double min_gain, std::function<bool(int, int)> progress,

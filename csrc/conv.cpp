@@ -33,6 +33,21 @@ bool direct_fits(const ConvShape& s) {
     return s.out.kind == LayoutKind::rows && lane_shifts_fit(s) && -s.min_qy <= s.in.margin && s.max_qy <= s.in.margin;
 }
 
+// Tiles are whole planes: all images together, or one by one where an image is whole vectors.
+int64_t tap_vectors(const ConvShape& s) {
+    const int64_t pixels = s.out.h * s.out.w;
+    return pixels % 16 == 0 ? pixels / 16 : s.out.n == 1 ? (pixels + 15) / 16 : 0;
+}
+
+bool taps_fit(const ConvShape& s, const Kernels& k) {
+    if (!same_plane(s) || s.out.kind != LayoutKind::flat || s.window.stride[0] != 1 || s.window.stride[1] != 1) return false;
+    if (pointwise(s)) return false;
+    const int64_t far = std::max(s.max_qy * s.out.w + s.max_qx, -(s.min_qy * s.out.w + s.min_qx));
+    const int64_t vectors = tap_vectors(s);
+    if (s.max_qx - s.min_qx >= s.out.w) return false;  // two taps of one flat shift could not be told apart
+    return far <= 15 && vectors >= 1 && vectors <= k.max_shift;
+}
+
 bool phases_fit(const ConvShape& s) {
     if (s.out.kind != LayoutKind::rows || !lane_shifts_fit(s)) return false;
     const int64_t available = (s.in.w + s.window.stride[1] - 1) / s.window.stride[1];  // columns of the widest phase
@@ -47,6 +62,7 @@ std::vector<int> vector_counts(const ConvShape& s, Form form, WeightKind kind, c
     const int most = kind == WeightKind::single ? (shifted ? k.max_shift : k.max_single)
                : kind == WeightKind::masked ? k.max_masked : k.max_dense;
     std::vector<int> counts;
+    if (form == Form::taps) return {static_cast<int>(tap_vectors(s))};
     if (shifted) {
         for (int64_t t = vr; t <= most; t += vr) counts.push_back(static_cast<int>(t));
         return counts;
@@ -125,6 +141,37 @@ std::vector<Column> plan_direct(ConvPlan& p) {
     return make_columns(s, [&](int64_t c, const Tap& tap, int64_t) {
         return Column{narrow_offset(c * s.in.plane + tap.qy * s.in.pitch), static_cast<int32_t>(tap.qx)};
     });
+}
+
+std::vector<Column> plan_taps(ConvPlan& p) {
+    const ConvShape& s = p.shape;
+    const Layout& out = s.out;
+    const int64_t vectors = tap_vectors(s), pixels = out.h * out.w;
+    for (int64_t v = 0; v < vectors; ++v) p.masks.push_back(lanes(pixels - v * 16));
+    for (int64_t n = 0; n < out.n; ++n) p.tiles.push_back({n * out.image, n * out.image, static_cast<int32_t>(vectors), 0});
+    p.chunk_tiles = {0, p.tiles.size()};
+    return make_columns(s, [&](int64_t c, const Tap& tap, int64_t) {
+        return Column{narrow_offset(c * s.in.plane), static_cast<int32_t>(tap.qy * out.w + tap.qx)};
+    });
+}
+
+// Which lanes of a tile each group's tap serves.
+void make_tap_masks(ConvPlan& p) {
+    const ConvShape& s = p.shape;
+    const int64_t vectors = tap_vectors(s), w = s.out.w, h = s.out.h;
+    for (const int32_t shift : p.weight.shifts) {
+        for (int64_t v = 0; v < vectors; ++v) {
+            uint16_t mask = 0;
+            for (int64_t lane = 0; lane < 16; ++lane) {
+                const int64_t y = (v * 16 + lane) / w, x = (v * 16 + lane) % w;
+                for (const Tap& t : s.taps) {
+                    if (t.qy * w + t.qx != shift) continue;
+                    if (y < h && y + t.qy >= 0 && y + t.qy < h && x + t.qx >= 0 && x + t.qx < w) mask = static_cast<uint16_t>(mask | 1u << lane);
+                }
+            }
+            p.tap_masks.push_back(mask);
+        }
+    }
 }
 
 std::vector<Column> plan_copy(ConvPlan& p) {
@@ -227,16 +274,6 @@ std::vector<Column> plan_panel(ConvPlan& p) {
 
 }  // namespace
 
-const char* form_name(Form form) {
-    static const char* const names[] = {"direct", "phases", "halo", "panel", "dot"};
-    return names[static_cast<int>(form)];
-}
-
-const char* kind_name(WeightKind kind) {
-    static const char* const names[] = {"single", "masked", "dense"};
-    return names[static_cast<int>(kind)];
-}
-
 ConvShape conv_shape(const Node& node, const Layout& in, const Layout& out) {
     ConvShape s{in, out, node.window, node.groups, in.c / node.groups, {}, 0, 0, 0, 0};
     if (node.op == Op::linear) s.window = Window{};
@@ -277,6 +314,7 @@ bool choice_fits(const ConvShape& s, const Choice& c, const Kernels& k) {
         case Form::phases: return phases_fit(s);
         case Form::halo: return s.out.kind == LayoutKind::rows;
         case Form::panel: return s.out.kind == LayoutKind::rows || s.out.kind == LayoutKind::flat;
+        case Form::taps: return c.kind == WeightKind::single && taps_fit(s, k);
         case Form::dot: return false;
     }
     return false;
@@ -294,7 +332,7 @@ std::vector<Choice> conv_choices(const ConvShape& s, double density, const Kerne
     const bool panel_small = s.groups * s.columns() * vectors * 64 <= 4 * kPanelBytes;
     std::vector<Choice> out;
     for (WeightKind kind : kinds)
-        for (Form form : {Form::direct, Form::phases, Form::halo, Form::panel}) {
+        for (Form form : {Form::direct, Form::taps, Form::phases, Form::halo, Form::panel}) {
             if (form == Form::panel && s.out.kind == LayoutKind::rows && !panel_small) continue;
             if (form == Form::phases && direct_fits(s)) continue;
             if (form == Form::halo && pointwise(s) && direct_fits(s)) continue;
@@ -325,13 +363,15 @@ ConvPlan plan_conv(const ConvShape& shape, const Weight& weight, const Choice& c
         case Form::phases:
         case Form::halo: columns = plan_copy(p); break;
         case Form::panel: columns = plan_panel(p); break;
+        case Form::taps: columns = plan_taps(p); break;
         case Form::dot: throw ValueError("form=dot has no tiles");
     }
     p.weight = pack_weight(choice.kind, weight, shape.groups, columns, kernels.dense_rows);
     make_edges(p);
+    if (choice.form == Form::taps) make_tap_masks(p);
     // few vectors: more accumulators each, or the additions would wait for one another. Settled by the shape alone.
     const size_t vectors = p.masks.size();
-    if (p.weight.shifts.size() <= 1 && choice.kind == WeightKind::single)
+    if ((p.weight.shifts.size() <= 1 || choice.form == Form::taps) && choice.kind == WeightKind::single)
         p.unroll = vectors <= 1 ? 4 : vectors <= 4 ? 2 : 1;
     return p;
 }

@@ -4,30 +4,11 @@
 #include <string>
 #include <vector>
 
+#include "choice.h"
 #include "layout.h"
 #include "packed.h"
 
 namespace sparseprune {
-
-// The packed input of a convolution.
-enum class Form {
-    direct,  // the value itself: 1x1, or k x k at stride 1 with lane shifts and the layout's zero rows
-    phases,  // a copy split by stride, with lane shifts
-    halo,    // the same with a zero border in each row: loads may be misaligned, no lane shifts
-    panel,   // im2col
-    dot      // one dot product for each output: few images of one pixel
-};
-
-const char* form_name(Form form);
-const char* kind_name(WeightKind kind);
-
-// What the tuner decides for a layer. Form and kind settle the order of additions; `vectors` (T) does not.
-struct Choice {
-    Form form = Form::halo;
-    WeightKind kind = WeightKind::single;
-    int vectors = 4;
-    bool operator==(const Choice& o) const { return form == o.form && kind == o.kind && vectors == o.vectors; }
-};
 
 // Convolution as tap arithmetic: the input row of output row oy and tap ky is stride * (oy + q) + phase.
 struct Tap {
@@ -72,6 +53,7 @@ struct ConvPlan {
     std::vector<int64_t> chunk_vectors;  // first vector of each chunk
     std::vector<int32_t> index, index_start;  // im2col of all vectors, tap-major
     std::vector<uint16_t> index_masks;
+    std::vector<uint16_t> tap_masks;  // form taps: by (group, vector)
     int64_t panel_plane = 0, vectors = 0;
     int unroll = 1;
 };

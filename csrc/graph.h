@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "block_csr.h"
+#include "choice.h"
 
 namespace sparseprune {
 
@@ -53,12 +54,20 @@ struct Input {
     std::vector<std::string> symbol;  // empty where fixed
 };
 
+// What was measured for these input shapes on this instruction set; kept with the program.
+struct Tuned {
+    std::string isa;
+    std::vector<Shape> shapes;
+    Choices choices;
+};
+
 struct Graph {
     std::vector<Input> inputs;
     std::vector<Weight> weights;
     std::vector<Node> nodes;
     std::vector<int> outputs;
     std::string tree;  // the output tree's JSON, given back to Python as it is (validated: tensors in it == outputs)
+    std::vector<Tuned> tuned;
     int value_count() const { return static_cast<int>(inputs.size() + nodes.size()); }
 };
 

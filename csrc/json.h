@@ -22,6 +22,7 @@ public:
     const std::string& string() const { return get<std::string>("a string"); }
     const Array& array() const { return get<Array>("an array"); }
     const Object& object() const { return get<Object>("an object"); }
+    bool is_null() const { return std::holds_alternative<std::nullptr_t>(value); }
     bool is_string() const { return std::holds_alternative<std::string>(value); }
 
     const Json* find(std::string_view key) const;  // null where the object has no such key; linear

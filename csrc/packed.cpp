@@ -1,6 +1,7 @@
 #include "packed.h"
 
 #include <algorithm>
+#include <climits>
 #include <cstring>
 
 namespace sparseprune {
@@ -29,6 +30,22 @@ void pack_single(PackedWeight& out, const Csr& csr, int64_t rows_per_group, cons
         out.cuts.push_back(r);
         out.cost.push_back(csr.row_start[r]);
     }
+}
+
+// Six bytes an entry instead of eight, where every input is a cache line of one window: large layers stream their weights.
+void narrow(PackedWeight& out, const std::vector<Column>& columns) {
+    int32_t low = INT32_MAX, high = INT32_MIN;
+    for (const Column& c : columns) {
+        low = std::min(low, c.offset);
+        high = std::max(high, c.offset);
+    }
+    if ((static_cast<int64_t>(high) - low) / kLanes > UINT16_MAX) return;
+    for (const Column& c : columns)
+        if ((c.offset - low) % kLanes != 0) return;
+    out.narrow_base = low;
+    out.narrow.reserve(out.entries.size());
+    for (const Entry& e : out.entries) out.narrow.push_back({e.value, static_cast<uint16_t>((e.offset - low) / kLanes)});
+    out.entries = {};
 }
 
 struct Kept {
@@ -104,7 +121,7 @@ void pack_dense(PackedWeight& out, const Csr& csr, int64_t groups, int64_t rows_
 }  // namespace
 
 int64_t PackedWeight::bytes() const {
-    return static_cast<int64_t>(start.size() * 8 + entries.size() * sizeof(Entry) + stream.size() * 4 + dense.size() * 4);
+    return static_cast<int64_t>(start.size() * 8 + entries.size() * sizeof(Entry) + narrow.size() * sizeof(NarrowEntry) + stream.size() * 4 + dense.size() * 4);
 }
 
 Csr weight_csr(const Weight& weight) {
@@ -125,7 +142,10 @@ PackedWeight pack_weight(WeightKind kind, const Weight& weight, int64_t groups, 
     const Csr csr = weight_csr(weight);
     const int64_t rows = weight.rows(), cols = weight.cols(), rows_per_group = rows / groups;
     switch (kind) {
-        case WeightKind::single: pack_single(out, csr, rows_per_group, columns, cols); break;
+        case WeightKind::single:
+            pack_single(out, csr, rows_per_group, columns, cols);
+            narrow(out, columns);
+            break;
         case WeightKind::masked: pack_masked(out, csr, rows_per_group, columns, cols); break;
         case WeightKind::dense: pack_dense(out, csr, groups, rows_per_group, columns, cols, dense_block_rows); break;
     }

@@ -4,17 +4,18 @@
 #include <functional>
 #include <vector>
 
+#include "choice.h"
 #include "cpu/kernels.h"
 #include "graph.h"
 
 namespace sparseprune {
 
-enum class WeightKind { single, masked, dense };  // one row, groups of four rows by mask, all ones
-
 struct PackedWeight {
     WeightKind kind = WeightKind::single;
     std::vector<int64_t> start;      // single: rows * groups + 1; masked: one a group of 4
-    std::vector<Entry> entries;
+    std::vector<Entry> entries;      // single: one of the two is filled
+    std::vector<NarrowEntry> narrow;
+    int64_t narrow_base = 0;
     std::vector<int32_t> shifts;     // single: lane shift of each group, the first is 0
     std::vector<int32_t> stream;     // masked
     std::vector<float> dense;        // dense: [block][col][R]

@@ -152,7 +152,8 @@ private:
         const Value a = input(node, 0);
         const Layout out = layout_of(shape_of(value_), true);
         const Ref ref = new_buffer(out.size());
-        const int64_t line = round_up(a.layout.w, 16);
+        const Window& w = node.window;
+        const int64_t line = pool_scratch(a.layout.w, out.w, w.kernel[1], w.stride[1], w.dilation[1], w.padding[2]);
         const Ref scratch = new_buffer(line * threads());
         const auto ptr = pointers();
         add_step({a.ref, ref, scratch}, [ptr, a, out, ref, scratch, line, n = &node, k = &kernels(), count = threads()](

@@ -19,8 +19,6 @@ struct PlanOptions {
     bool guarded = false;  // each buffer ends at an inaccessible page (tests)
 };
 
-using Choices = std::vector<std::optional<Choice>>;  // one a node; empty entries take the default
-
 // Pointers of one call.
 struct Run {
     float* arena;

@@ -9,7 +9,9 @@ constexpr size_t kMostPlans = 16;
 
 }  // namespace
 
-Program::Program(Graph graph) : graph_(std::make_shared<const Graph>(std::move(graph))) {}
+Program::Program(Graph graph) : graph_(std::make_shared<const Graph>(std::move(graph))) {
+    for (const Tuned& t : graph_->tuned) set_choices(t.isa, t.shapes, t.choices);
+}
 
 std::shared_ptr<const Plan> Program::plan(const std::vector<Shape>& shapes, int threads, const Kernels& kernels) {
     const Key key{kernels.name, shapes};
@@ -26,19 +28,31 @@ std::shared_ptr<const Plan> Program::plan(const std::vector<Shape>& shapes, int 
 }
 
 Choices Program::choices_for(const Key& key) const {
-    const auto exact = choices_.find(key);
-    if (exact != choices_.end()) return exact->second;
-    const auto first = first_choices_.find(key.first);
-    return first == first_choices_.end() ? Choices{} : first->second;
+    const Tuned* first = nullptr;
+    for (const Tuned& t : tuned_) {
+        if (t.isa != key.first) continue;
+        if (t.shapes == key.second) return t.choices;
+        if (!first) first = &t;
+    }
+    return first ? first->choices : Choices{};
 }
 
-void Program::set_choices(const std::vector<Shape>& shapes, const Kernels& kernels, Choices choices) {
-    if (choices.size() != graph_->nodes.size()) throw ValueError("choices must be one a node");
-    const Key key{kernels.name, shapes};
+void Program::set_choices(const std::string& isa, const std::vector<Shape>& shapes, Choices choices) {
+    if (choices.size() != graph_->nodes.size())
+        throw ValueError(message("choices: ", choices.size(), " came, expected one for each of ", graph_->nodes.size(), " nodes"));
     std::lock_guard<std::mutex> lock(mutex_);
-    first_choices_.emplace(kernels.name, choices);
-    choices_[key] = std::move(choices);
     plans_.clear();
+    for (Tuned& t : tuned_) {
+        if (t.isa != isa || t.shapes != shapes) continue;
+        t.choices = std::move(choices);
+        return;
+    }
+    tuned_.push_back({isa, shapes, std::move(choices)});
+}
+
+std::vector<Tuned> Program::tuned() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return tuned_;
 }
 
 Graph single_layer(std::shared_ptr<const BlockCSR> weight, int dims, const Window& window, int64_t groups) {

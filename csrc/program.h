@@ -1,7 +1,6 @@
 // A program: one immutable graph, its plans (cached, bounded) and what tuning has chosen.
 #pragma once
 #include <list>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -21,8 +20,11 @@ public:
     // The plan for these input shapes: from the cache, or made now (never tuned).
     std::shared_ptr<const Plan> plan(const std::vector<Shape>& shapes, int threads, const Kernels& kernels);
 
+    // Everything chosen so far, to be kept with the program.
+    std::vector<Tuned> tuned();
+
     // Choices for these shapes on this instruction set, whatever the thread count: they settle the rounding.
-    void set_choices(const std::vector<Shape>& shapes, const Kernels& kernels, Choices choices);
+    void set_choices(const std::string& isa, const std::vector<Shape>& shapes, Choices choices);
 
 private:
     using Key = std::pair<std::string, std::vector<Shape>>;  // instruction set, input shapes
@@ -36,8 +38,7 @@ private:
     std::shared_ptr<const Graph> graph_;
     std::mutex mutex_;
     std::list<Cached> plans_;  // latest used first
-    std::map<Key, Choices> choices_;
-    std::map<std::string, Choices> first_choices_;  // by instruction set: what other shapes start from
+    std::vector<Tuned> tuned_;  // the first of an instruction set is what other shapes start from
 };
 
 // The graph of one layer, for sparseprune.ops. Attributes as in docs/program.md; throws ValueError.

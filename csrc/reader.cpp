@@ -92,7 +92,7 @@ public:
 
     Graph read() {
         const Json json = parse_json(container_.program);
-        json.check_keys({"format", "version", "inputs", "weights", "nodes", "outputs", "tree"});
+        json.check_keys({"format", "version", "inputs", "weights", "nodes", "outputs", "tree"}, {"tuned"});
         if (json.at("format").string() != "sparseprune-program") json.fail("'format' is not 'sparseprune-program'");
         if (json.at("version").integer() != 1)
             json.fail(message("version ", json.at("version").integer(), " of the format, this reader knows version 1"));
@@ -104,6 +104,8 @@ public:
         for (const auto& output : json.at("outputs").array())
             graph_.outputs.push_back(read_value(output, graph_.value_count()));
         read_tree(json.at("tree"));
+        if (const Json* tuned = json.find("tuned"))
+            for (const auto& item : tuned->array()) read_tuned(item);
         check_all_used();
         return std::move(graph_);
     }
@@ -254,6 +256,28 @@ private:
         if (leaves != graph_.outputs.size())
             json.fail(message("the tree has ", leaves, " tensors, the program ", graph_.outputs.size(), " outputs"));
         graph_.tree = container_.program.substr(json.begin, json.end - json.begin);
+    }
+
+    // Measured choices: hints, so only their form is checked; the plan takes those that fit.
+    void read_tuned(const Json& json) {
+        json.check_keys({"isa", "shapes", "choices"});
+        Tuned tuned{json.at("isa").string(), {}, {}};
+        for (const auto& shape : json.at("shapes").array()) {
+            tuned.shapes.emplace_back();
+            for (const auto& size : shape.array()) tuned.shapes.back().push_back(size.integer());
+        }
+        for (const auto& item : json.at("choices").array()) {
+            if (item.is_null()) {
+                tuned.choices.push_back(std::nullopt);
+                continue;
+            }
+            const auto& parts = item.array();
+            if (parts.size() != 3) item.fail("a choice is [form, kind, vectors]");
+            tuned.choices.push_back(choice_named(parts[0].string(), parts[1].string(), parts[2].integer()));
+            if (!tuned.choices.back()) item.fail("a choice is [form, kind, vectors], of known names");
+        }
+        if (tuned.choices.size() != graph_.nodes.size()) json.fail("'choices' is not one for each node");
+        graph_.tuned.push_back(std::move(tuned));
     }
 
     void check_all_used() const {

@@ -29,8 +29,7 @@ void copy_value(const Kernels& k, const Layout& from, const float* in, const Lay
                 std::fill_n(out + to.at(n, c, 0) + 1, tail(to), 0.0f);
                 continue;
             }
-            for (int64_t y = 0; y < to.h; ++y)
-                k.copy_row({in + from.at(n, c, y), out + to.at(n, c, y), 1, 0, to.w, tail(to)});
+            k.copy_rows({in + from.at(n, c, 0), out + to.at(n, c, 0), to.h, from.pitch, to.pitch, 1, 0, to.w, tail(to)});
         }
     zero_margins(to, out, begin, end);
 }
@@ -172,17 +171,20 @@ void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, float*
             const int64_t lead = std::clamp<int64_t>(before > 0 ? (before + sx - 1) / sx : 0, 0, copy.pitch);
             const int64_t stop = s.in.w - 1 - px < 0 ? 0 : (s.in.w - 1 - px) / sx - copy.first_column + 1;
             const int64_t count = std::max<int64_t>(0, std::min(copy.pitch, stop) - lead);
-            for (int64_t n = 0; n < s.in.n; ++n)
-                for (int64_t r = 0; r < copy.rows; ++r) {
-                    const int64_t y = sy * (r + s.min_qy) + py;
-                    float* row = out + c * copy.plane + static_cast<int64_t>(ph) * copy.phase + (n * copy.rows + r) * copy.pitch;
-                    if (y < 0 || y >= s.in.h || count == 0) {
-                        std::fill_n(row, copy.pitch, 0.0f);
-                        continue;
-                    }
-                    const float* from = in + s.in.at(n, c, y) + sx * (lead + copy.first_column) + px;
-                    k.copy_row({from, row, sx, lead, count, copy.pitch - lead - count});
-                }
+            // rows r with 0 <= sy * (r + min_qy) + py < h
+            const int64_t above = -sy * s.min_qy - py;
+            const int64_t top = std::clamp<int64_t>(above > 0 ? (above + sy - 1) / sy : 0, 0, copy.rows);
+            const int64_t below = s.in.h - 1 - py < 0 ? 0 : (s.in.h - 1 - py) / sy - s.min_qy + 1;
+            const int64_t bottom = count == 0 ? top : std::max(top, std::min(copy.rows, below));
+            for (int64_t n = 0; n < s.in.n; ++n) {
+                float* image = out + c * copy.plane + static_cast<int64_t>(ph) * copy.phase + n * copy.rows * copy.pitch;
+                std::fill_n(image, top * copy.pitch, 0.0f);
+                std::fill_n(image + bottom * copy.pitch, (copy.rows - bottom) * copy.pitch, 0.0f);
+                if (bottom == top) continue;
+                const float* from = in + s.in.at(n, c, sy * (top + s.min_qy) + py) + sx * (lead + copy.first_column) + px;
+                k.copy_rows({from, image + top * copy.pitch, bottom - top, sy * s.in.pitch, copy.pitch, sx, lead, count,
+                             copy.pitch - lead - count});
+            }
         }
     }
 }
@@ -267,6 +269,9 @@ void multiply(const Kernels& k, const ConvPlan& plan, const Share& share, const 
     job.act = act;
     job.start = w.start.data();
     job.entries = w.entries.data();
+    job.narrow = w.narrow.empty() ? nullptr : w.narrow.data();
+    job.narrow_base = w.narrow_base;
+    job.tap_masks = plan.tap_masks.empty() ? nullptr : plan.tap_masks.data();
     job.groups = static_cast<int32_t>(w.shifts.size());
     job.shifts = w.shifts.data();
     job.row_edges = plan.edges.data();

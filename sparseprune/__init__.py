@@ -1,4 +1,4 @@
-"""sparseprune makes pruned PyTorch models actually fast. Names are loaded when first used: importing this costs nothing."""
+"""sparseprune makes pruned PyTorch models actually fast. Names load when first used: importing this costs nothing."""
 
 from __future__ import annotations
 

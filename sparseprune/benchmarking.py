@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from .dense import BASELINES, baseline, plain_copy
 from .synthetic import LAYERS, prune_uniform
-from .timing import machine, take_turns, thread_count
+from .timing import Samples, machine, take_turns, thread_count
 
 __all__ = ["BASELINES", "BenchmarkResult", "Timing", "benchmark", "prune_uniform"]
 
 OURS = "sparseprune"
+_WAITED = 0.03
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Timing:
     """One candidate's latency in milliseconds, or the `failure` that kept it out.
 
     `max_abs_error` is the largest absolute difference of its outputs to eager torch's; `speedup` is the fastest dense
-    candidate's median divided by this one's.
+    candidate's median divided by this one's. `waited` is the share of the threads' time that they were runnable but had
+    no core, because something else ran there: near 0 on an idle machine, and above some per cent the row means little.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Timing:
     samples: int = 0
     speedup: float | None = None
     max_abs_error: float | None = None
+    waited: float | None = None
     failure: str | None = None
 
 
@@ -69,6 +72,15 @@ class BenchmarkResult:
         return min(dense, key=lambda t: t.median_ms or 0.0, default=None)
 
     @property
+    def disturbed(self) -> bool:
+        """True where some candidate waited for a core for over 3 % of its time: measure again on an idle machine.
+
+        Dense libraries suffer most, since a thread that waits holds up the others at each barrier, so a disturbed run
+        usually flatters the speed-up.
+        """
+        return any((t.waited or 0.0) > _WAITED for t in self.timings)
+
+    @property
     def speedup(self) -> float | None:
         """Median of the fastest dense candidate divided by the converted model's; above 1 means we are faster."""
         return self.sparse.speedup
@@ -82,7 +94,8 @@ class BenchmarkResult:
             if row["max_abs_error"] is not None and not math.isfinite(row["max_abs_error"]):
                 row["max_abs_error"] = "inf"
         fastest = self.fastest_dense
-        return data | {"speedup": self.speedup, "fastest_dense": fastest.name if fastest else None}
+        return data | {"speedup": self.speedup, "fastest_dense": fastest.name if fastest else None,
+                       "disturbed": self.disturbed}  # fmt: skip
 
     def to_json(self) -> str:
         """`to_dict()` as indented JSON."""
@@ -106,6 +119,13 @@ class BenchmarkResult:
         fastest = self.fastest_dense
         if fastest is not None:
             lines += ["", f"speed-up: against the fastest dense, {fastest.name}; error: against eager torch"]
+        if self.disturbed:
+            waits = ", ".join(f"{t.name} {t.waited:.0%}" for t in self.timings if t.waited is not None)
+            lines += [
+                "",
+                "WARNING: other work took cores: do not rely on these figures, least of all on the speed-up.",
+                f"Measure again on an idle machine. Share of time without a core: {waits}",
+            ]
         return "\n".join(lines)
 
 
@@ -194,7 +214,7 @@ def _measure(
         bar.update()
     candidates[OURS] = lambda: sparse(*args)
     rows[OURS] = Timing(OURS, max_abs_error=_max_error(sparse(*args), expected, OURS))
-    return _summarise(rows, take_turns(candidates, rounds, block_seconds, bar))
+    return _summarise(rows, take_turns(candidates, rounds, block_seconds, bar), torch.get_num_threads())
 
 
 def _sparsity(model: nn.Module) -> float:
@@ -221,16 +241,17 @@ def _max_error(output: Any, expected: list[Tensor], name: str) -> float:
     return worst
 
 
-def _summarise(rows: dict[str, Timing], samples: dict[str, list[float]]) -> tuple[Timing, ...]:
-    medians = {name: statistics.median(taken) for name, taken in samples.items()}
+def _summarise(rows: dict[str, Timing], samples: dict[str, Samples], threads: int) -> tuple[Timing, ...]:
+    medians = {name: statistics.median(taken.ms) for name, taken in samples.items()}
     dense = min((ms for name, ms in medians.items() if name != OURS), default=None)
     for name, taken in samples.items():
         rows[name] = replace(
             rows[name],
             median_ms=medians[name],
-            p90_ms=sorted(taken)[math.ceil(0.9 * len(taken)) - 1],
-            samples=len(taken),
+            p90_ms=sorted(taken.ms)[math.ceil(0.9 * len(taken.ms)) - 1],
+            samples=len(taken.ms),
             speedup=None if dense is None else dense / medians[name],
+            waited=taken.wait_seconds / (taken.wall_seconds * threads),
         )
     return tuple(rows.values())
 

@@ -19,9 +19,10 @@ __all__ = ["BlockCSR"]
 class BlockCSR:
     """A weight `(out, ...)`, seen as a matrix `out x K`, in block-CSR with block masks.
 
-    The matrix is cut into blocks of `block_shape` = (R, C), R*C <= 64. A block is stored, in ascending column order, only where it
-    keeps an entry, with an R*C-bit mask (bit r*C + c) and only its kept values, in bit order. So one format holds
-    unstructured weights without fill-in, block-pruned ones and dense ones. The vocabulary is that of PyTorch's BSR tensors.
+    The matrix is cut into blocks of `block_shape` = (R, C), R*C <= 64. A block is stored, in ascending column order,
+    only where it keeps an entry, with an R*C-bit mask (bit r*C + c) and only its kept values, in bit order. So one
+    format holds unstructured weights without fill-in, block-pruned ones and dense ones. The vocabulary is that of
+    PyTorch's BSR tensors.
 
     Attributes:
         shape: As torch has it: `(out, in)`, `(out, in/groups, k)` or `(out, in/groups, kh, kw)`.
@@ -44,7 +45,12 @@ class BlockCSR:
         masks: ArrayLike | None,
         values: ArrayLike,
     ) -> None:
-        """`masks` None: every stored block is full. Raises `ValueError` naming the field and the value, `TypeError` for a dtype."""
+        """`masks` None: every stored block is full.
+
+        Raises:
+            ValueError: A field that does not fit; the message names it and the value.
+            TypeError: A field of another dtype.
+        """
         self._set(
             _native.BlockCSR(
                 [int(size) for size in shape],
@@ -68,9 +74,12 @@ class BlockCSR:
 
     @classmethod
     def from_dense(
-        cls, weight: torch.Tensor | ArrayLike, mask: torch.Tensor | ArrayLike | None = None, block_shape: tuple[int, int] = (1, 1)
+        cls,
+        weight: torch.Tensor | ArrayLike,
+        mask: torch.Tensor | ArrayLike | None = None,
+        block_shape: tuple[int, int] = (1, 1),
     ) -> BlockCSR:
-        """Packs a dense float32 weight (a NumPy array or a tensor): what `mask` (bool, same shape, True: kept) says, else non-zeros.
+        """Packs a dense float32 array or tensor: what `mask` (bool, same shape, True: kept) says, else the non-zeros.
 
         Raises:
             TypeError: `weight` is not float32, or `mask` not bool.

@@ -225,7 +225,7 @@ def _program_report(about: dict[str, Any], path: Path) -> str:
     kept = total = 0
     for layer in about["layers"]:
         row = f"{layer['name']:32} {layer['op']:12}"
-        if layer["total"]:
+        if layer.get("total"):  # pooling and the like have no weight
             kept, total = kept + layer["kept"], total + layer["total"]
             shape = "×".join(str(n) for n in layer["shape"])
             row += f" {shape:>18} {layer['kept']:12,} {_percent(layer['kept'], layer['total']):>9}"

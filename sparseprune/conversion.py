@@ -10,23 +10,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import _native, runtime
-from .errors import VerificationError
-from .graph.capture import Captured, capture
-from .graph.ir import Graph
-from .graph.reference import run_reference
+from .graph.capture import capture
 from .graph.snapshot import snapshot
 from .module import Converted, SparseModule
 from .report import LayerReport, Report
+from .verification import verify_program
 
 __all__ = ["convert", "tune_program"]
 
 TUNE_SECONDS = 8.0  # budget of one shape's tuning
-RELATIVE_TOLERANCE = 1e-3  # of the largest output: what verify allows where the rounding bound is looser
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
@@ -40,25 +36,27 @@ def convert(
 ) -> SparseModule:
     """Turns a pruned model into a native program that computes the same numbers, several times faster.
 
-    Takes plain zeros, `torch.nn.utils.prune` hooks and parametrized masks as they are. The weights are snapshot; `model` is
-    left untouched, and what is converted is its evaluation mode.
+    Takes plain zeros, `torch.nn.utils.prune` hooks and parametrized masks as they are. The weights are snapshot;
+    `model` is left untouched, and what is converted is its evaluation mode.
 
     Args:
         model: Any module whose operators are in `docs/program.md`.
-        example_inputs: The positional arguments of a typical call: a float32 tensor or a tuple. The batch and image sizes may
-            differ later where the model allows it; the given ones are tuned. None: the first call's inputs are used.
-        tune: `measure` times every layer's variants inside the running network, then the whole program against dense torch (eager and
-            channels_last); whatever loses is not used. `fixed` takes the default of every layer, deterministically, and times nothing.
-        min_gain: A sparse layer must be this much faster than its dense variant, and the program than dense torch, to be used.
-        verify: Compare with float64 on the examples.
+        example_inputs: The positional arguments of a typical call: a float32 tensor or a tuple. The batch and image
+            sizes may differ later where the model allows it; the given ones are tuned. None: the first call's inputs.
+        tune: `measure` times every layer's variants inside the running network, then the whole program against dense
+            torch (eager and channels_last); whatever loses is not used. `fixed` takes the default of every layer,
+            deterministically, and times nothing.
+        min_gain: A sparse layer must be this much faster than its dense variant, and the program than dense torch, to
+            be used.
+        verify: Compare with float64 on the examples: every layer within its rounding bound, the outputs within 1e-3
+            of the largest (see `sparseprune.verification`).
 
     Returns:
         A `SparseModule`; `.report` says what was done and why.
 
     Raises:
         UnsupportedError: The model holds an operator that is not known; the message names it and its layer.
-        VerificationError: Outputs differ from float64 by more than the rounding bound (`graph.reference.run_reference`) and more
-            than 1e-3 of the largest output.
+        VerificationError: A layer or an output is beyond its bound.
         TypeError, ValueError: Arguments that do not fit.
 
     Example:
@@ -100,14 +98,20 @@ def _convert(model: nn.Module, args: tuple[Any, ...], tune: str, min_gain: float
         notes=captured.notes,
     )
     if verify:
-        report = _verify(report, captured.graph, program, snapshot(model), args, inputs)
+        found = verify_program(captured.graph, program, snapshot(model), args, inputs)
+        layers = tuple(
+            replace(layer, error=error) for layer, error in zip(report.layers, found.layer_errors, strict=True)
+        )
+        report = replace(report, layers=layers, max_error=found.max_error, bound=found.allowed)
     converted = Converted(program, captured.in_spec, captured.constants, report)
     if tune == "measure":
         _race(converted, snapshot(model), args, min_gain)
     return converted
 
 
-def tune_program(program: runtime.Program, shapes: list[tuple[int, ...]], min_gain: float = 1.05) -> list[_native.TunedDict]:
+def tune_program(
+    program: runtime.Program, shapes: list[tuple[int, ...]], min_gain: float = 1.05
+) -> list[_native.TunedDict]:
     """Tunes a program for these input shapes; shows progress where it takes longer than two seconds."""
     from tqdm import tqdm
 
@@ -131,7 +135,9 @@ def _tensor_leaves(args: tuple[Any, ...]) -> list[Tensor]:
 # ---- the report's layers ----
 
 
-def _layers(program: runtime.Program, plan: _native.Plan, tuned: dict[int, _native.TunedDict]) -> tuple[LayerReport, ...]:
+def _layers(
+    program: runtime.Program, plan: _native.Plan, tuned: dict[int, _native.TunedDict]
+) -> tuple[LayerReport, ...]:
     layers = []
     for node, (layer, choice) in enumerate(zip(program.describe()["layers"], plan.choices, strict=True)):
         if choice is None:
@@ -153,54 +159,6 @@ def _layers(program: runtime.Program, plan: _native.Plan, tuned: dict[int, _nati
             )
         )
     return tuple(layers)
-
-
-# ---- verification ----
-
-
-def _verify(
-    report: Report, graph: Graph, program: runtime.Program, model: nn.Module, args: tuple[Any, ...], inputs: list[Tensor]
-) -> Report:
-    from torch.utils._pytree import tree_leaves, tree_map
-
-    with torch.no_grad():
-        double = tree_map(lambda a: a.detach().cpu().double() if isinstance(a, Tensor) else a, args)
-        expected = [y for y in tree_leaves(model.cpu().double()(*double)) if isinstance(y, Tensor)]
-    # every layer's output as an output of its own: the same plan, seen from inside
-    nodes = [number + len(graph.inputs) for number, node in enumerate(graph.nodes) if node.weight is not None]
-    inside = Graph(graph.inputs, graph.nodes, (*graph.outputs, *nodes), _flat_tree(len(graph.outputs) + len(nodes)), graph.weights, graph.biases)
-    reference, bounds = run_reference(inside, inputs, bounds=True)
-    actual = program.run([np.ascontiguousarray(x.numpy()) for x in inputs])
-    worst, allowed = 0.0, 0.0
-    for index, (y, y64, bound) in enumerate(zip(actual, expected, bounds, strict=False)):
-        error = (torch.from_numpy(y).double() - y64).abs()
-        finite = torch.isfinite(y64)
-        limit = torch.maximum(bound, RELATIVE_TOLERANCE * y64[finite].abs().max() if finite.any() else bound)
-        beyond = (error > limit) & finite
-        if beyond.any() or not bool(torch.isfinite(torch.from_numpy(y))[finite].all()):
-            place = int((error - limit).masked_fill(~finite, -torch.inf).argmax())
-            raise VerificationError(
-                f"output {index}: {int(beyond.sum())} of {error.numel()} elements differ from float64 by more than allowed; the worst by "
-                f"{float(error.flatten()[place]):.3g}, allowed {float(limit.flatten()[place]):.3g}"
-            )
-        if error.numel() and finite.any() and float(error[finite].max()) >= worst:
-            place = int(error.masked_fill(~finite, -1).argmax())
-            worst, allowed = float(error.flatten()[place]), float(limit.flatten()[place])
-    errors = _layer_errors(inside, inputs, reference, len(graph.outputs))
-    layers = tuple(replace(layer, error=error) for layer, error in zip(report.layers, errors, strict=True))
-    return replace(report, layers=layers, max_error=worst, bound=allowed)
-
-
-def _flat_tree(count: int) -> dict[str, Any]:
-    return {"kind": "list", "items": [{"kind": "tensor"}] * count}
-
-
-def _layer_errors(inside: Graph, inputs: list[Tensor], reference: list[Tensor], skip: int) -> list[float]:
-    outputs = runtime.Program(inside.to_bytes()).run([np.ascontiguousarray(x.numpy()) for x in inputs])
-    return [
-        float((torch.from_numpy(y).double() - y64).abs().nan_to_num().max())
-        for y, y64 in zip(outputs[skip:], reference[skip:], strict=True)
-    ]
 
 
 # ---- the whole program against dense torch ----
@@ -233,7 +191,7 @@ def _race(converted: Converted, model: nn.Module, args: tuple[Any, ...], min_gai
 
 
 def _take_turns(calls: dict[str, Callable[[], Any]], blocks: int = 4, seconds: float = 0.12) -> dict[str, float]:
-    """Median milliseconds of each call, in short blocks by turns, with a pause for the other's spinning threads to stop."""
+    """Median milliseconds of each call, in short blocks by turns, with pauses for the other's threads to stop spinning."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(blocks):
         for name, call in calls.items():
@@ -313,10 +271,17 @@ def _fastest_layers(timings: list[dict[str, float]]) -> dict[str, float]:
 def _with_times(report: Report, times: dict[str, float], dense: dict[str, float], min_gain: float) -> Report:
     layers = []
     for layer in report.layers:
-        known = [ms for ms in (layer.dense_ms, 1e3 * dense[layer.name] if layer.name in dense else None) if ms is not None]
+        known = [
+            ms for ms in (layer.dense_ms, 1e3 * dense[layer.name] if layer.name in dense else None) if ms is not None
+        ]
         fastest = min(known, default=None)
         reason = layer.reason
-        if fastest is not None and layer.sparse_ms is not None and layer.sparse_ms > fastest and "/dense/" not in layer.choice:
+        if (
+            fastest is not None
+            and layer.sparse_ms is not None
+            and layer.sparse_ms > fastest
+            and "/dense/" not in layer.choice
+        ):
             reason += "; torch's dense layer alone is faster, but would leave the program"
         layers.append(replace(layer, dense_ms=fastest, reason=reason))
     best = min(("eager", "channels_last"), key=lambda name: times[name])
@@ -324,4 +289,3 @@ def _with_times(report: Report, times: dict[str, float], dense: dict[str, float]
     runs = "sparse" if gain >= min_gain else best
     reason = f"{gain:.2f} times the fastest of eager and channels_last torch; min_gain is {min_gain}"
     return replace(report, layers=tuple(layers), times_ms=times, runs=runs, reason=reason)
-

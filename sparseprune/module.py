@@ -40,11 +40,14 @@ class Converted:
 class SparseModule(nn.Module):
     """An eval-mode module that runs a native program: one native call per inference. Made by `sparseprune.convert`.
 
-    Outputs are fresh tensors and carry no gradient. Safe to call from many threads at once. It has no parameters: the weights were
-    snapshot when the model was converted. NaN and Inf in an input propagate through kept weights; a pruned weight may ignore them.
+    Outputs are fresh tensors and carry no gradient. Safe to call from many threads at once. It has no parameters: the
+    weights were snapshot when the model was converted. NaN and Inf in an input propagate through kept weights; a pruned
+    weight may ignore them.
     """
 
-    def __init__(self, converted: Converted | None, convert: Callable[[tuple[Any, ...]], Converted] | None = None) -> None:
+    def __init__(
+        self, converted: Converted | None, convert: Callable[[tuple[Any, ...]], Converted] | None = None
+    ) -> None:
         """For `sparseprune.convert`: either what it made, or what makes it at the first call."""
         super().__init__()
         self._converted = converted
@@ -78,7 +81,9 @@ class SparseModule(nn.Module):
             ValueError: A shape, device or constant that does not fit.
         """
         if kwargs:
-            raise TypeError(f"keyword arguments are not supported by a converted model: {', '.join(kwargs)}; pass them by position")
+            raise TypeError(
+                f"keyword arguments are not supported by a converted model: {', '.join(kwargs)}; pass them by position"
+            )
         converted = self._converted or self._convert_now(args)
         leaves = self._leaves(converted, args)
         if converted.dense is not None:
@@ -87,7 +92,7 @@ class SparseModule(nn.Module):
         return self._run(converted.program, leaves)
 
     def warmup(self, *inputs: Any) -> SparseModule:
-        """Plans and tunes for the shapes of these inputs, then runs once: later calls of these shapes are at full speed."""
+        """Plans and tunes for the shapes of these inputs, then runs once: later calls of them are at full speed."""
         converted = self._converted or self._convert_now(inputs)
         leaves = self._leaves(converted, inputs)
         from .conversion import tune_program
@@ -103,7 +108,9 @@ class SparseModule(nn.Module):
             SparsepruneError: Nothing is converted yet.
         """
         if self._converted is None:
-            raise SparsepruneError("nothing is converted yet: call the module once, or give convert example_inputs, before save")
+            raise SparsepruneError(
+                "nothing is converted yet: call the module once, or give convert example_inputs, before save"
+            )
         write_beside(path, self._converted.program.data)
 
     def extra_repr(self) -> str:
@@ -127,7 +134,9 @@ class SparseModule(nn.Module):
                 raise TypeError(f"inputs: expected the nesting {converted.in_spec}, got {spec}")
             for place, constant in converted.constants.items():
                 if type(leaves[place]) is not type(constant) or leaves[place] != constant:
-                    raise ValueError(f"inputs: leaf {place} was {constant!r} at conversion, which fixed it; got {leaves[place]!r}")
+                    raise ValueError(
+                        f"inputs: leaf {place} was {constant!r} at conversion, which fixed it; got {leaves[place]!r}"
+                    )
             leaves = [leaf for place, leaf in enumerate(leaves) if place not in converted.constants]
         expected = converted.program.inputs
         if len(leaves) != len(expected):
@@ -151,7 +160,7 @@ class SparseModule(nn.Module):
 
 
 def load(path: str | os.PathLike[str]) -> SparseModule:
-    """Loads a program that `SparseModule.save` wrote, as a torch module. See `sparseprune.runtime.load` for NumPy alone.
+    """Loads a program that `SparseModule.save` wrote, as a torch module; `sparseprune.runtime.load` needs NumPy alone.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -189,5 +198,3 @@ def _check_input(x: Any, name: str, shape: tuple[int | str, ...]) -> None:
         raise ValueError(f"input {name!r}: expected a tensor on the CPU, got one on {x.device}")
     if x.dim() != len(shape):
         raise ValueError(f"input {name!r}: expected {len(shape)} dimensions {shape}, got shape {tuple(x.shape)}")
-
-

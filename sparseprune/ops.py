@@ -1,7 +1,7 @@
 """Single sparse operators on tensors, for those who want just them. Outputs carry no gradient.
 
-Registered through `torch.library` (`sparseprune::linear`, `sparseprune::conv2d`) with fakes; the registration layer costs about ten
-microseconds a call, so it is used only while torch is compiling or exporting.
+Registered through `torch.library` (`sparseprune::linear`, `sparseprune::conv2d`) with fakes; the registration layer
+costs about ten microseconds a call, so it is used only while torch is compiling or exporting.
 """
 
 from __future__ import annotations
@@ -150,19 +150,24 @@ _weights: OrderedDict[tuple[Any, ...], tuple[BlockCSR, list[Tensor]]] = OrderedD
 
 
 def _tensors(weight: BlockCSR) -> list[Any]:
-    """A weight as the operators take it: crow_indices, col_indices, masks (as int64 bits), values, shape, block_shape."""
+    """A weight as the operators take it: crow_indices, col_indices, masks (int64 bits), values, shape, block_shape."""
     arrays = (weight.crow_indices, weight.col_indices, weight.masks.view("int64"), weight.values)
     return [*(torch.from_numpy(a) for a in arrays), list(weight.shape), list(weight.block_shape)]
 
 
-def _weight(crow: Tensor, col: Tensor, masks: Tensor, values: Tensor, shape: Sequence[int], block: Sequence[int]) -> BlockCSR:
+def _weight(
+    crow: Tensor, col: Tensor, masks: Tensor, values: Tensor, shape: Sequence[int], block: Sequence[int]
+) -> BlockCSR:
     """The weight of these tensors, checked and packed once as long as they stay the same memory, unwritten."""
     tensors = [crow, col, masks, values]
     key = (*((t.data_ptr(), t._version, t.numel()) for t in tensors), tuple(shape), tuple(block))
     found = _weights.get(key)
     if found is None:
         bits = masks.contiguous().numpy().view("uint64")
-        found = (BlockCSR(shape, (block[0], block[1]), crow.numpy(), col.numpy(), bits, values.detach().numpy()), tensors)
+        found = (
+            BlockCSR(shape, (block[0], block[1]), crow.numpy(), col.numpy(), bits, values.detach().numpy()),
+            tensors,
+        )
         _weights[key] = found  # holds the tensors too, so that their memory is not given to others
         if len(_weights) > _MOST_WEIGHTS:
             _weights.popitem(last=False)
@@ -185,7 +190,14 @@ def _linear_op(
 
 @_linear_op.register_fake
 def _linear_fake(
-    x: Tensor, crow: Tensor, col: Tensor, masks: Tensor, values: Tensor, shape: list[int], block: list[int], bias: Tensor | None
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    masks: Tensor,
+    values: Tensor,
+    shape: list[int],
+    block: list[int],
+    bias: Tensor | None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], shape[0]))
 
@@ -206,8 +218,8 @@ def _conv2d_op(
     groups: int,
 ) -> Tensor:
     weight = _weight(crow_indices, col_indices, masks, values, shape, block_shape)
-    pairs = ((v[0], v[1]) for v in (stride, padding, dilation))
-    return _conv2d(x, weight, bias, *pairs, groups)  # type: ignore[misc, arg-type]
+    pairs = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    return _conv2d(x, weight, bias, *pairs, groups)
 
 
 @_conv2d_op.register_fake

@@ -18,12 +18,12 @@ class LayerReport:
         shape: The weight's.
         sparsity: Zeros / total.
         block_density: Stored blocks / all blocks of the packed weight.
-        dense_ms: The fastest dense way measured inside the running network (torch's best layout, or our dense kernel), milliseconds;
-            None where nothing was timed.
+        dense_ms: The fastest dense way measured inside the running network (torch's best layout, or our dense kernel),
+            milliseconds; None where nothing was timed.
         sparse_ms: Ours as chosen, measured inside the running network, with its packing; milliseconds.
         choice: What runs: form of the packed input / kind of the packed weight / vectors a tile.
         reason: Why.
-        error: Largest absolute difference from float64 at this layer's output, on the examples; None where not verified.
+        error: Largest absolute difference of this layer's output from float64 on the same input; None: not verified.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Report:
         layers: Every convolution and linear layer, in order.
         runs: `sparse` (the native program), or `eager` / `channels_last` where that dense way was faster.
         reason: Why.
-        times_ms: Median milliseconds of the whole model: `sparse`, `eager`, `channels_last`; empty where nothing was timed.
+        times_ms: Median milliseconds of the whole model: `sparse`, `eager`, `channels_last`; empty if none was timed.
         max_error, bound: Largest absolute difference from float64 on the examples, and what was allowed there.
         input_shapes, threads, isa, torch: What it was measured with.
         notes: What else is worth knowing, such as sizes that had to be fixed.
@@ -86,11 +86,15 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append("")
-        lines.append(f"runs: {self.runs} ({self.reason}); inputs {self.input_shapes}, {self.threads} threads, {self.isa}")
+        lines.append(
+            f"runs: {self.runs} ({self.reason}); inputs {self.input_shapes}, {self.threads} threads, {self.isa}"
+        )
         if self.times_ms:
             lines.append("whole model, ms: " + ", ".join(f"{name} {ms:.3f}" for name, ms in self.times_ms.items()))
         if self.max_error is not None:
-            lines.append(f"largest error against float64: {self.max_error:.2e} (allowed there: {_number(self.bound, '{:.2e}')})")
+            lines.append(
+                f"largest error against float64: {self.max_error:.2e} (allowed there: {_number(self.bound, '{:.2e}')})"
+            )
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,8 @@ class Program:
 
     @property
     def data(self) -> bytes:
-        """The program's bytes, as saved."""
-        return self._data
+        """The program's bytes, as saved: with what tuning has chosen so far."""
+        return _with_tuned(self._data, self._native.tuned)
 
     def plan(self, *shapes: tuple[int, ...]) -> _native.Plan:
         """The plan for these input shapes and the present thread count: made at first use, never tuned here."""
@@ -59,12 +59,17 @@ class Program:
     ) -> list[_native.TunedDict]:
         """Times every layer's variants inside the running network and keeps the fastest for these shapes.
 
-        A sparse variant must be `min_gain` times as fast as the dense one, where that is timed too. `progress(done, total)` is
-        called between rounds; returning False stops early, with the best so far.
+        A sparse variant must be `min_gain` times as fast as the dense one, where that is timed too.
+        `progress(done, total)` is called between rounds; returning False stops early, with the best so far.
         """
         tuned = self._native.tune(shapes, budget_seconds, min_gain, progress)
         self._plans.clear()
         return tuned
+
+    def set_choices(self, shapes: list[tuple[int, ...]], choices: Sequence[_native.ChoiceDict | None]) -> None:
+        """Fixes what each layer runs as for these shapes, as another plan's `choices` say."""
+        self._native.set_choices(shapes, list(choices))
+        self._plans.clear()
 
     def __call__(self, *inputs: Array) -> Any:
         """Runs the program.
@@ -92,7 +97,7 @@ class Program:
         return outputs
 
     def describe(self) -> dict[str, Any]:
-        """What is in it: `inputs` [{name, shape}], `layers` [{name, op, shape, kept, total}], `nbytes`, `isa`, `threads`."""
+        """What is in it: `inputs` [{name, shape}], `layers` [{name, op, shape, kept, …}], `nbytes`, `isa`, `threads`."""
         return {
             "inputs": [{"name": name, "shape": list(shape)} for name, shape in self.inputs],
             "layers": [dict(layer) for layer in self._native.layers],
@@ -102,7 +107,7 @@ class Program:
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Program, (self._data,))
+        return (Program, (self.data,))
 
 
 def load(path: str | os.PathLike[str]) -> Program:
@@ -131,6 +136,21 @@ def nest(tree: Mapping[str, Any], leaves: Iterator[Any]) -> Any:
     if kind == "dict":
         return dict(zip(tree["keys"], items, strict=True))
     return tuple(items) if kind == "tuple" else items
+
+
+def _with_tuned(data: bytes, tuned: Sequence[tuple[str, list[list[int]], Sequence[_native.ChoiceDict | None]]]) -> bytes:
+    """The same program with these choices in its graph; the payload stays as it is."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    graph = json.loads(header["__metadata__"]["sparseprune"])
+    graph["tuned"] = [
+        {"isa": isa, "shapes": shapes, "choices": [c and [c["form"], c["kind"], c["vectors"]] for c in choices]}
+        for isa, shapes, choices in tuned
+    ]
+    header["__metadata__"]["sparseprune"] = json.dumps(graph)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # safetensors aligns the payload
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def _float32(x: Any, name: str) -> Array:

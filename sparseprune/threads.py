@@ -8,12 +8,12 @@ __all__ = ["num_threads", "set_num_threads"]
 
 
 def num_threads() -> int:
-    """The number of threads of a program's run: what `set_num_threads` said, else the cores that affinity and cgroup quota allow."""
+    """Threads of a program's run: what `set_num_threads` said, else the cores that affinity and cgroup quota allow."""
     return _native.num_threads()
 
 
 def set_num_threads(n: int) -> None:
-    """Sets the number of threads of later runs, in every program of this process. Results do not depend on it, bit for bit.
+    """Sets the number of threads of later runs, in every program of this process. Results do not depend on it, bitwise.
 
     Raises:
         TypeError: `n` is no integer.

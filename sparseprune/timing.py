@@ -6,19 +6,35 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-__all__ = ["machine", "settle", "take_turns", "thread_count"]
+__all__ = ["Samples", "machine", "settle", "take_turns", "thread_count"]
 
 
-def take_turns(
-    candidates: dict[str, Callable[[], Any]], rounds: int, seconds: float, bar: Any
-) -> dict[str, list[float]]:
-    """Milliseconds of every measured call, by candidate; the order rotates from round to round."""
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+@dataclass
+class Samples:
+    """One candidate's measured calls, and how much of the time its threads wanted a core and had none."""
+
+    ms: list[float] = field(default_factory=list)
+    wall_seconds: float = 0.0
+    wait_seconds: float = 0.0  # summed over threads
+
+    def add(self, call: Callable[[], Any], seconds: float) -> None:
+        """Measure one block of about that many seconds."""
+        before, start = _run_queue_waits(), time.perf_counter()
+        self.ms += _block(call, seconds)
+        self.wall_seconds += time.perf_counter() - start
+        after = _run_queue_waits()
+        self.wait_seconds += sum(max(0, ns - before.get(thread, 0)) for thread, ns in after.items()) / 1e9
+
+
+def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int, seconds: float, bar: Any) -> dict[str, Samples]:
+    """Measure every candidate in `rounds` blocks of `seconds`; the order rotates from round to round."""
+    samples = {name: Samples() for name in candidates}
     order = list(candidates)
     for index in range(rounds):
         shift = index % len(order)
@@ -26,8 +42,21 @@ def take_turns(
             bar.set_description(name)
             bar.update()
             settle()
-            samples[name] += _block(candidates[name], seconds)
+            samples[name].add(candidates[name], seconds)
     return samples
+
+
+def _run_queue_waits() -> dict[str, int]:
+    """For each thread of this process, the nanoseconds it was runnable but not running (Linux; else nothing)."""
+    waits: dict[str, int] = {}
+    try:
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(OSError):  # it ended meanwhile
+                with open(f"/proc/self/task/{thread}/schedstat", encoding="ascii") as file:
+                    waits[thread] = int(file.read().split()[1])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return waits
 
 
 def _block(call: Callable[[], Any], seconds: float) -> list[float]:
@@ -57,22 +86,21 @@ def settle(pause: float = 0.004, limit: float = 1.0) -> None:
 
 @contextmanager
 def thread_count(count: int) -> Iterator[None]:
-    """`count` threads for torch and, where the native core is built, for sparseprune."""
-    before = torch.get_num_threads()
+    """`count` threads for torch and, where the native core is built, for sparseprune; both are put back."""
+    setters: list[tuple[Callable[[int], None], int]] = [(torch.set_num_threads, torch.get_num_threads())]
     try:
-        from sparseprune import get_num_threads, set_num_threads
-    except ImportError:  # not built: convert() will say so; a given `sparse` may not need it
-        get_num_threads = set_num_threads = None
-    native_before = get_num_threads() if get_num_threads else 0
+        from .threads import num_threads, set_num_threads
+
+        setters.append((set_num_threads, num_threads()))
+    except ImportError:  # not built: convert() will say so, and a given module may not need it
+        pass
     try:
-        torch.set_num_threads(count)
-        if set_num_threads:
-            set_num_threads(count)
+        for set_threads, _ in setters:
+            set_threads(count)
         yield
     finally:
-        torch.set_num_threads(before)
-        if set_num_threads:
-            set_num_threads(native_before)
+        for set_threads, before in setters:
+            set_threads(before)
 
 
 def machine() -> dict[str, str | int]:

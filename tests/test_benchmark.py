@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from sparseprune import benchmarking, cli
-from sparseprune.benchmarking import BenchmarkResult, benchmark, prune_uniform
+from sparseprune.benchmarking import BenchmarkResult, Timing, benchmark, prune_uniform
 from sparseprune.dense import plain_copy
 from sparseprune.synthetic import fit_batch_norm
+from sparseprune.timing import machine
 
 QUICK = {"threads": 1, "rounds": 2, "block_seconds": 0.002, "progress": False}
 
@@ -80,7 +81,16 @@ def test_a_baseline_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
     json.loads(result.to_json())
 
 
-def test_errors_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disturbed_run_says_so() -> None:
+    def result(waited: float) -> BenchmarkResult:
+        rows = (Timing("eager", 2.0, 3.0, 9, 1.0, 0.0, 0.0), Timing("sparseprune", 1.0, 1.0, 9, 2.0, 0.0, waited))
+        return BenchmarkResult("net", ((1, 3),), 2, 0.5, rows, machine())
+
+    assert not result(0.01).disturbed and "WARNING" not in str(result(0.01))
+    assert result(0.4).disturbed and "sparseprune 40%" in str(result(0.4)) and result(0.4).to_dict()["disturbed"]
+
+
+def test_errors_that_are_not_finite() -> None:
     x = torch.ones(1, 4)
     result = benchmark(nn.Identity(), x, sparse=lambda x: x * float("nan"), baselines=("eager",), **QUICK)
     assert result.to_dict()["timings"][1]["max_abs_error"] == "inf"
@@ -213,6 +223,15 @@ def test_inspect_of_plain_safetensors(folder: Path, capsys: pytest.CaptureFixtur
     assert cli.main(["inspect", "plain.safetensors"]) == 0
     out = capsys.readouterr().out
     assert "fc.weight" in out and "F32" in out and "2×3" in out
+
+
+def test_report_of_a_program(tmp_path: Path) -> None:
+    layers = [{"name": "c", "op": "conv", "shape": [4, 3, 3, 3], "kept": 27, "total": 108}, {"name": "p", "op": "add"}]
+    (tmp_path / "x.spr").write_bytes(b"")
+    about = {"inputs": [{"name": "x", "shape": ["s0", 3, 8, 8]}], "layers": layers, "nbytes": 1234}
+    report = cli._program_report(about, tmp_path / "x.spr")
+    for text in ("input x: (s0, 3, 8, 8) float32", "4×3×3×3", "27 of 108 weights kept, 75.0 % zero", "1,234 bytes"):
+        assert text in report
 
 
 def test_inspect_of_sparse_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,11 @@ struct Entry {       // one kept weight
     float value;
 };
 
+struct __attribute__((packed)) NarrowEntry {  // the same in six bytes, where inputs are cache lines of one 4 MiB window
+    float value;
+    uint16_t line;  // cache lines from the window's start
+};
+
 // What every SpMM kernel is told: out[row][pixels of the tile] = act(sum weight * in + bias + residual).
 struct SpmmJob {
     const float* in;
@@ -36,10 +41,13 @@ struct SpmmJob {
     KernelAct act;
     // single rows: entries of row r, shift group g are [start[r*groups + g], start[r*groups + g + 1])
     const int64_t* start;
-    const Entry* entries;
+    const Entry* entries;         // one of the two is set
+    const NarrowEntry* narrow;    // relative to in + narrow_base
+    int64_t narrow_base;
     int32_t groups;
     const int32_t* shifts;        // lane shift of each group; out[x] += acc[x + shift]
     const uint16_t* row_edges;    // by vector of a tile: 0 where a row of pixels starts
+    const uint16_t* tap_masks;    // flat planes, one group a tap: lanes whose tap is inside the image, groups * tile vectors; or null
     int32_t unroll;               // 1, 2 or 4 accumulators a vector
     // groups of 4 rows, columns sorted by mask: stream[group] points at words of (count << 4 | mask), then for each of count
     // columns its offset and popcount(mask) values; 0 ends
@@ -66,12 +74,13 @@ struct Im2colJob {
     int64_t channel_begin, channel_end;
 };
 
-// Copies a plane, or one phase of it (every sx-th column), row by row, with zeros outside.
+// Copies rows of a plane, or every second (…) column of them, with zeros around.
 struct RowCopy {
     const float* in;
     float* out;
+    int64_t rows, in_pitch, out_pitch;
     int64_t stride;        // between two read elements
-    int64_t lead, count, tail;  // zeros, elements, zeros written
+    int64_t lead, count, tail;  // zeros, elements, zeros written a row
 };
 
 struct PoolRow {           // one output row of a max or average pooling
@@ -82,8 +91,14 @@ struct PoolRow {           // one output row of a max or average pooling
     int64_t kernel, stride, dilation, left;  // horizontal window
     float* out;
     int64_t out_width;
-    float* scratch;        // in_width floats
+    float* scratch;        // pool_scratch(…) floats
 };
+
+constexpr int64_t pool_scratch(int64_t in_width, int64_t out_width, int64_t kernel, int64_t stride, int64_t dilation, int64_t left) {
+    const int64_t read = (out_width + 16) * stride + (kernel - 1) * dilation + 48;
+    const int64_t written = left + in_width + 32;
+    return ((read > written ? read : written) + 15) / 16 * 16;
+}
 
 struct Kernels {
     const char* name;
@@ -98,7 +113,7 @@ struct Kernels {
     void (*dot_dense)(const float* value, int64_t cols, const float* x, int64_t row_begin, int64_t row_end, const float* bias,
                       const float* residual, float* out, KernelAct act);
     void (*im2col)(const Im2colJob&);
-    void (*copy_row)(const RowCopy&);
+    void (*copy_rows)(const RowCopy&);
     void (*add_row)(const float* a, const float* b, float* out, int64_t count, KernelAct act);  // b may be null
     void (*max_pool_row)(const PoolRow&);
     void (*sum_pool_row)(const PoolRow&);  // sums; the caller scales

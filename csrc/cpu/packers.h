@@ -16,20 +16,42 @@ void im2col(const Im2colJob& job) {
     }
 }
 
-void copy_row(const RowCopy& job) {
-    float* out = job.out;
-    for (int64_t i = 0; i < job.lead; ++i) *out++ = 0.0f;
-    int64_t i = 0;
-    if (job.stride == 1) {
-        for (; i + kLanes <= job.count; i += kLanes) storeu(out + i, loadu(job.in + i));
-    } else if (job.stride == 2) {
-        // the last element read is 2 * (count - 1): the vector of 32 may only be loaded where all of it is the row's
-        for (; i + kLanes < job.count; i += kLanes)
-            storeu(out + i, even_lanes(loadu(job.in + 2 * i), loadu(job.in + 2 * i + kLanes)));
+// bits of [begin, end) within lanes 0..15
+inline uint16_t lane_bits(int64_t begin, int64_t end) {
+    const unsigned low = begin <= 0 ? 0u : begin >= 16 ? 16u : static_cast<unsigned>(begin);
+    const unsigned high = end <= 0 ? 0u : end >= 16 ? 16u : static_cast<unsigned>(end);
+    return high <= low ? 0 : static_cast<uint16_t>(((1u << high) - 1u) & ~((1u << low) - 1u));
+}
+
+// Sixteen elements from a row, `stride` apart: lanes outside [0, count) are zero and not read.
+inline V load_strided(const float* row, int64_t first, int64_t count, int64_t stride) {
+    const float* from = row + first * stride;
+    if (stride == 1) return load_lanes(from, lane_bits(-first, count - first));
+    const int64_t begin = -2 * first, end = 2 * (count - first) - 1;  // floats inside the row
+    const V low = load_lanes(from, lane_bits(begin, end));
+    return even_lanes(low, load_lanes(from + kLanes, lane_bits(begin - kLanes, end - kLanes)));
+}
+
+void copy_rows(const RowCopy& job) {
+    const int64_t total = job.lead + job.count + job.tail;
+    const int64_t whole = job.stride <= 2 ? total / kLanes * kLanes : 0;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        const int64_t first = i - job.lead;  // element of lane 0
+        const bool inside = first >= 0 && first + kLanes < job.count;
+        const float* in = job.in;
+        float* out = job.out + i;
+        for (int64_t r = 0; r < job.rows; ++r, in += job.in_pitch, out += job.out_pitch) {
+            const float* from = in + first * job.stride;
+            if (!inside) storeu(out, load_strided(in, first, job.count, job.stride));
+            else storeu(out, job.stride == 1 ? loadu(from) : even_lanes(loadu(from), loadu(from + kLanes)));
+        }
     }
-    for (; i < job.count; ++i) out[i] = job.in[i * job.stride];
-    out += job.count;
-    for (int64_t j = 0; j < job.tail; ++j) *out++ = 0.0f;
+    for (int64_t r = 0; r < job.rows; ++r) {
+        for (int64_t i = whole; i < total; ++i) {
+            const int64_t element = i - job.lead;
+            job.out[r * job.out_pitch + i] = element >= 0 && element < job.count ? job.in[r * job.in_pitch + element * job.stride] : 0.0f;
+        }
+    }
 }
 
 void add_row(const float* a, const float* b, float* out, int64_t count, KernelAct act) {

@@ -2,41 +2,76 @@
 #pragma once
 
 
-inline float max_keep_nan(float a, float b) { return (a > b || a != a) ? a : b; }
+struct Maximum {
+    static float none() { return -__builtin_inff(); }
+    static V combine(V a, V b) { return max_either(a, b); }
+};
 
-// scratch = the window's rows combined; `none` where no row is inside the image
-template <class Combine>
-inline void combine_rows(const PoolRow& job, float none, const Combine& combine) {
-    for (int64_t x = 0; x < job.in_width; ++x) job.scratch[x] = job.rows > 0 ? job.in[x] : none;
-    for (int64_t r = 1; r < job.rows; ++r) {
-        const float* in = job.in + r * job.row_pitch;
-        for (int64_t x = 0; x < job.in_width; ++x) job.scratch[x] = combine(job.scratch[x], in[x]);
-    }
-}
+struct Sum {
+    static float none() { return 0.0f; }
+    static V combine(V a, V b) { return add(a, b); }
+};
 
-void max_pool_row(const PoolRow& job) {
-    combine_rows(job, -__builtin_inff(), max_keep_nan);
-    for (int64_t x = 0; x < job.out_width; ++x) {
-        float best = -__builtin_inff();
-        for (int64_t k = 0; k < job.kernel; ++k) {
-            const int64_t at = x * job.stride - job.left + k * job.dilation;
-            if (at >= 0 && at < job.in_width) best = max_keep_nan(job.scratch[at], best);
+inline uint16_t first_lanes(int64_t count) { return count >= 16 ? 0xFFFF : static_cast<uint16_t>((1u << count) - 1u); }
+
+// scratch[left + x] = the window's rows combined at column x; the operator's neutral element around.
+template <class Op>
+inline void combine_rows(const PoolRow& job, int64_t width) {
+    const V none = set1(Op::none());
+    for (int64_t x = 0; x < width; x += kLanes) storeu(job.scratch + x, none);
+    if (job.rows == 0) return;
+    for (int64_t x = 0; x < job.in_width; x += kLanes) {
+        const uint16_t lanes = first_lanes(job.in_width - x);
+        V v = load_lanes(job.in + x, lanes);
+        for (int64_t r = 1; r < job.rows; ++r) v = Op::combine(load_lanes(job.in + r * job.row_pitch + x, lanes), v);
+        float* to = job.scratch + job.left + x;
+        if (lanes == 0xFFFF) {
+            storeu(to, v);
+        } else {
+            float last[kLanes];
+            storeu(last, v);
+            for (int64_t i = 0; i < job.in_width - x; ++i) to[i] = last[i];
         }
-        job.out[x] = best;
     }
 }
 
-void sum_pool_row(const PoolRow& job) {
-    combine_rows(job, 0.0f, [](float a, float b) { return a + b; });
-    for (int64_t x = 0; x < job.out_width; ++x) {
-        float sum = 0.0f;
-        for (int64_t k = 0; k < job.kernel; ++k) {
-            const int64_t at = x * job.stride - job.left + k * job.dilation;
-            if (at >= 0 && at < job.in_width) sum += job.scratch[at];
+template <class Op>
+inline V window_vector(const PoolRow& job, int64_t x) {
+    const float* from = job.scratch + x * job.stride;
+    V v = set1(Op::none());
+    for (int64_t k = 0; k < job.kernel; ++k, from += job.dilation) {
+        V next;
+        if (job.stride == 1) {
+            next = loadu(from);
+        } else if (job.stride == 2) {
+            next = even_lanes(loadu(from), loadu(from + kLanes));
+        } else {
+            float lane[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) lane[i] = from[i * job.stride];
+            next = loadu(lane);
         }
-        job.out[x] = sum;
+        v = Op::combine(next, v);
+    }
+    return v;
+}
+
+template <class Op>
+inline void pool_row(const PoolRow& job) {
+    combine_rows<Op>(job, pool_scratch(job.in_width, job.out_width, job.kernel, job.stride, job.dilation, job.left));
+    for (int64_t x = 0; x < job.out_width; x += kLanes) {
+        const V v = window_vector<Op>(job, x);
+        if (x + kLanes <= job.out_width) {
+            storeu(job.out + x, v);
+        } else {
+            float last[kLanes];
+            storeu(last, v);
+            for (int64_t i = 0; x + i < job.out_width; ++i) job.out[x + i] = last[i];
+        }
     }
 }
+
+void max_pool_row(const PoolRow& job) { pool_row<Maximum>(job); }
+void sum_pool_row(const PoolRow& job) { pool_row<Sum>(job); }
 
 double sum_row(const float* in, int64_t count) {
     double sum = 0.0;

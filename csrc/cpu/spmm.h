@@ -17,22 +17,32 @@ inline void store_vector(const SpmmJob& job, const Tile& tile, int64_t row, int 
     storeu(job.out + at, v);
 }
 
+inline int64_t offset_of(const Entry& e) { return e.offset; }
+inline int64_t offset_of(const NarrowEntry& e) { return static_cast<int64_t>(e.line) * kLanes; }
+
+template <class E>
+inline const E* entries_of(const SpmmJob& job);
+template <>
+inline const Entry* entries_of<Entry>(const SpmmJob& job) { return job.entries; }
+template <>
+inline const NarrowEntry* entries_of<NarrowEntry>(const SpmmJob& job) { return job.narrow; }
+
 // sum of entries [e, end) into acc[T], U independent chains to hide the latency of the FMA
-template <int T, int U>
-inline void accumulate(const float* in, const Entry* e, const Entry* end, V* acc) {
+template <int T, int U, class E>
+inline void accumulate(const float* in, const E* e, const E* end, V* acc) {
     V part[U][T];
     for (int u = 0; u < U; ++u)
         for (int t = 0; t < T; ++t) part[u][t] = zero();
     for (; e + U <= end; e += U) {
         for (int u = 0; u < U; ++u) {
-            const float* p = in + e[u].offset;
+            const float* p = in + offset_of(e[u]);
             const V w = set1(e[u].value);
             for (int t = 0; t < T; ++t) part[u][t] = fma(w, loadu(p + t * kLanes), part[u][t]);
         }
     }
     if (U > 1) {
         for (; e < end; ++e) {
-            const float* p = in + e->offset;
+            const float* p = in + offset_of(*e);
             const V w = set1(e->value);
             for (int t = 0; t < T; ++t) part[0][t] = fma(w, loadu(p + t * kLanes), part[0][t]);
         }
@@ -44,12 +54,13 @@ inline void accumulate(const float* in, const Entry* e, const Entry* end, V* acc
     }
 }
 
-template <int T, int U>
+template <int T, int U, class E>
 void single_rows(const SpmmJob& job, const Tile& tile) {
     const float* in = job.in + tile.in;
+    const E* entries = entries_of<E>(job);
     for (int64_t row = job.row_begin; row < job.row_end; ++row) {
         V acc[T];
-        accumulate<T, U>(in, job.entries + job.start[row], job.entries + job.start[row + 1], acc);
+        accumulate<T, U>(in, entries + job.start[row], entries + job.start[row + 1], acc);
         for (int t = 0; t < T; ++t) store_vector(job, tile, row, t, acc[t]);
     }
 }
@@ -67,19 +78,48 @@ inline void add_shifted(V* out, const V* acc, int dx, const uint16_t* edges) {
 }
 
 // One aligned load for each kept weight and vector: the taps of one horizontal shift are summed first, then moved sideways.
-template <int T>
+template <int T, int U, class E>
 void shifted_rows(const SpmmJob& job, const Tile& tile) {
     const float* in = job.in + tile.in;
+    const E* entries = entries_of<E>(job);
     const int groups = job.groups;
     for (int64_t row = job.row_begin; row < job.row_end; ++row) {
         const int64_t* start = job.start + row * groups;
         V out[T];
-        accumulate<T, 1>(in, job.entries + start[0], job.entries + start[1], out);  // group 0 has shift 0
+        accumulate<T, U>(in, entries + start[0], entries + start[1], out);  // group 0 has shift 0
         for (int g = 1; g < groups; ++g) {
             if (start[g] == start[g + 1]) continue;
             V acc[T];
-            accumulate<T, 1>(in, job.entries + start[g], job.entries + start[g + 1], acc);
+            accumulate<T, U>(in, entries + start[g], entries + start[g + 1], acc);
             add_shifted<T>(out, acc, job.shifts[g], job.row_edges);
+        }
+        for (int t = 0; t < T; ++t) store_vector(job, tile, row, t, out[t]);
+    }
+}
+
+// The same over a whole flat plane, one group a tap: what a tap would read outside the image is masked.
+template <int T, int U, class E>
+void tap_rows(const SpmmJob& job, const Tile& tile) {
+    const float* in = job.in + tile.in;
+    const E* entries = entries_of<E>(job);
+    const int groups = job.groups;
+    for (int64_t row = job.row_begin; row < job.row_end; ++row) {
+        const int64_t* start = job.start + row * groups;
+        V out[T];
+        accumulate<T, U>(in, entries + start[0], entries + start[1], out);
+        for (int g = 1; g < groups; ++g) {
+            if (start[g] == start[g + 1]) continue;
+            V acc[T];
+            accumulate<T, U>(in, entries + start[g], entries + start[g + 1], acc);
+            const int dx = job.shifts[g];
+            const Shift s = make_shift(dx);
+            const uint16_t* masks = job.tap_masks + g * T;
+            for (int t = 0; t < T; ++t) {
+                V neighbour = zero();
+                if (dx > 0 && t + 1 < T) neighbour = acc[t + 1 < T ? t + 1 : t];
+                if (dx < 0 && t > 0) neighbour = acc[t > 0 ? t - 1 : 0];
+                out[t] = add(out[t], keep_lanes(shift_lanes(acc[t], neighbour, s, dx), masks[t]));
+            }
         }
         for (int t = 0; t < T; ++t) store_vector(job, tile, row, t, out[t]);
     }
@@ -161,34 +201,46 @@ void dense_rows(const SpmmJob& job, const Tile& tile) {
 
 using TileKernel = void (*)(const SpmmJob&, const Tile&);
 
-#define SPARSEPRUNE_UP_TO(name, most, T, U) (T <= most ? name<(T <= most ? T : 1), U> : nullptr)
-#define SPARSEPRUNE_UP_TO1(name, most, T) (T <= most ? name<(T <= most ? T : 1)> : nullptr)
+#define SPARSEPRUNE_UP_TO(most, T, ...) (T <= most ? __VA_ARGS__ : nullptr)
+#define SPARSEPRUNE_SINGLE(name, most, T, U, E) SPARSEPRUNE_UP_TO(most, T, name<(T <= most ? T : 1), U, E>)
+#define SPARSEPRUNE_FOUR(name, most, U, E) \
+    SPARSEPRUNE_SINGLE(name, most, 1, U, E), SPARSEPRUNE_SINGLE(name, most, 2, U, E), SPARSEPRUNE_SINGLE(name, most, 3, U, E), \
+        SPARSEPRUNE_SINGLE(name, most, 4, U, E)
+#define SPARSEPRUNE_FOURTEEN(name, most, E) \
+    SPARSEPRUNE_FOUR(name, most, 1, E), SPARSEPRUNE_SINGLE(name, most, 5, 1, E), SPARSEPRUNE_SINGLE(name, most, 6, 1, E), \
+        SPARSEPRUNE_SINGLE(name, most, 7, 1, E), SPARSEPRUNE_SINGLE(name, most, 8, 1, E), SPARSEPRUNE_SINGLE(name, most, 9, 1, E), \
+        SPARSEPRUNE_SINGLE(name, most, 10, 1, E), SPARSEPRUNE_SINGLE(name, most, 11, 1, E), SPARSEPRUNE_SINGLE(name, most, 12, 1, E), \
+        SPARSEPRUNE_SINGLE(name, most, 13, 1, E), SPARSEPRUNE_SINGLE(name, most, 14, 1, E)
+
+// Tables by (unroll, vectors): one row of fourteen for unroll 1, four each for 2 and 4.
+template <class E>
+inline TileKernel single_kernel(const SpmmJob& job, int vectors) {
+    static constexpr TileKernel plain[] = {SPARSEPRUNE_FOURTEEN(single_rows, kMaxSingle, E)};
+    static constexpr TileKernel plain2[] = {SPARSEPRUNE_FOUR(single_rows, kMaxSingle, 2, E)};
+    static constexpr TileKernel plain4[] = {SPARSEPRUNE_FOUR(single_rows, kMaxSingle, 4, E)};
+    static constexpr TileKernel shifted[] = {SPARSEPRUNE_FOURTEEN(shifted_rows, kMaxShift, E)};
+    static constexpr TileKernel taps[] = {SPARSEPRUNE_FOURTEEN(tap_rows, kMaxShift, E)};
+    static constexpr TileKernel taps2[] = {SPARSEPRUNE_FOUR(tap_rows, kMaxShift, 2, E)};
+    static constexpr TileKernel taps4[] = {SPARSEPRUNE_FOUR(tap_rows, kMaxShift, 4, E)};
+    if (job.tap_masks) return (job.unroll == 4 ? taps4 : job.unroll == 2 ? taps2 : taps)[vectors - 1];
+    if (job.groups > 1) return shifted[vectors - 1];
+    return (job.unroll == 4 ? plain4 : job.unroll == 2 ? plain2 : plain)[vectors - 1];
+}
 
 void run_single(const SpmmJob& job) {
-    static constexpr TileKernel plain[] = {
-        SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 1, 1),  SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 2, 1),
-        SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 3, 1),  SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 4, 1),
-        SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 5, 1),  SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 6, 1),
-        SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 7, 1),  SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 8, 1),
-        SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 9, 1),  SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 10, 1),
-        SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 11, 1), SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 12, 1),
-        SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 13, 1), SPARSEPRUNE_UP_TO(single_rows, kMaxSingle, 14, 1)};
-    static constexpr TileKernel unrolled2[] = {single_rows<1, 2>, single_rows<2, 2>, single_rows<3, 2>, single_rows<4, 2>};
-    static constexpr TileKernel unrolled4[] = {single_rows<1, 4>, single_rows<2, 4>, single_rows<3, 4>, single_rows<4, 4>};
-    static constexpr TileKernel shifted[] = {
-        SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 1),  SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 2),
-        SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 3),  SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 4),
-        SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 5),  SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 6),
-        SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 7),  SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 8),
-        SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 9),  SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 10),
-        SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 11), SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 12),
-        SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 13), SPARSEPRUNE_UP_TO1(shifted_rows, kMaxShift, 14)};
-    const TileKernel* table = job.groups > 1   ? shifted
-                              : job.unroll == 4 ? unrolled4
-                              : job.unroll == 2 ? unrolled2
-                                                : plain;
-    for (int64_t i = 0; i < job.tile_count; ++i) table[job.tiles[i].count - 1](job, job.tiles[i]);
+    for (int64_t i = 0; i < job.tile_count; ++i) {
+        const Tile& tile = job.tiles[i];
+        if (!job.narrow) {
+            single_kernel<Entry>(job, tile.count)(job, tile);
+            continue;
+        }
+        Tile window = tile;
+        window.in += job.narrow_base;
+        single_kernel<NarrowEntry>(job, tile.count)(job, window);
+    }
 }
+
+#define SPARSEPRUNE_UP_TO1(name, most, T) (T <= most ? name<(T <= most ? T : 1)> : nullptr)
 
 void run_masked(const SpmmJob& job) {
     static constexpr TileKernel table[] = {

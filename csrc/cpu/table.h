@@ -2,4 +2,4 @@
 #pragma once
 
 constexpr Kernels kTable = {kName,     kDenseRows, kMaxSingle, kMaxShift, kMaxMasked, kMaxDense, run_single,   run_masked,  run_dense,
-                            dot_sparse, dot_dense, im2col,     copy_row,  add_row,    max_pool_row, sum_pool_row, sum_row};
+                            dot_sparse, dot_dense, im2col,     copy_rows,  add_row,    max_pool_row, sum_pool_row, sum_row};

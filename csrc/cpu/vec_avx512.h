@@ -15,6 +15,9 @@ inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V max_nan(V limit, V x) { return _mm512_max_ps(limit, x); }  // x where x is NaN
 inline V min_nan(V limit, V x) { return _mm512_min_ps(limit, x); }
+inline V max_either(V a, V b) {  // NaN where either is
+    return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+}
 inline V keep_lanes(V v, uint16_t mask) { return _mm512_maskz_mov_ps(mask, v); }
 inline V load_lanes(const float* p, uint16_t mask) { return _mm512_maskz_loadu_ps(mask, p); }
 inline V gather(const float* base, const int32_t* index) {  // 0 where the index is negative

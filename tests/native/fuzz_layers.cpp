@@ -177,7 +177,7 @@ void check_case(Random& random, const Case& c, const Kernels& kernels) {
         for (int i = 0; i < 3 && !all.empty(); ++i) tries.push_back(all[static_cast<size_t>(pick(random, 0, static_cast<int64_t>(all.size()) - 1))]);
         // kinds that the default list leaves out at this density
         for (WeightKind kind : {WeightKind::single, WeightKind::masked, WeightKind::dense})
-            for (Form form : {Form::direct, Form::phases, Form::halo, Form::panel})
+            for (Form form : {Form::direct, Form::taps, Form::phases, Form::halo, Form::panel})
                 tries.push_back(Choice{form, kind, static_cast<int>(pick(random, 1, 8))});
     }
     for (const auto& choice : tries) {
