@@ -5,8 +5,7 @@
 # Everything happens in .venv, which is made on the first run. On the command line or in the environment:
 #   PYTHON=python3.12           the Python to make .venv with (3.10 or newer)
 #   TORCH_VERSION=2.13.0        the torch to test with
-#   TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#                               an extra package index: this one has torch without CUDA, a tenth of the size
+#   TORCH_INDEX=URL             an extra package index, such as PyTorch's own for CPUs: torch without CUDA, a tenth of the size
 
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0

@@ -34,7 +34,7 @@ inline void pause() {
 template <class Done>
 void spin_until(const Done& done) {
     for (int i = 0; !done(); ++i) {
-        if (i < 2000) {
+        if (i < 300) {
             pause();
         } else {
             std::this_thread::yield();

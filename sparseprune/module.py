@@ -62,11 +62,19 @@ class SparseModule(nn.Module):
         Raises:
             SparsepruneError: Nothing is converted yet, or the program was loaded from a file, which carries no report.
         """
-        if self._converted is None:
-            raise SparsepruneError("nothing is converted yet: call the module once, or give convert example_inputs")
-        if self._converted.report is None:
+        converted = self._ready()
+        if converted.report is None:
             raise SparsepruneError("a loaded program carries no report; `sparseprune inspect FILE` shows what is in it")
-        return self._converted.report
+        return converted.report
+
+    @property
+    def program(self) -> runtime.Program:
+        """The native program behind.
+
+        Raises:
+            SparsepruneError: Nothing is converted yet.
+        """
+        return self._ready().program
 
     def train(self, mode: bool = True) -> SparseModule:
         if mode:
@@ -117,6 +125,11 @@ class SparseModule(nn.Module):
         if self._converted is None:
             return "converts at the first call"
         return ", ".join(f"{name}: {shape}" for name, shape in self._converted.program.inputs)
+
+    def _ready(self) -> Converted:
+        if self._converted is None:
+            raise SparsepruneError("nothing is converted yet: call the module once, or give convert example_inputs")
+        return self._converted
 
     def _convert_now(self, args: tuple[Any, ...]) -> Converted:
         with self._lock:

@@ -6,12 +6,13 @@ costs about ten microseconds a call, so it is used only while torch is compiling
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _native
 from .bsr import BlockCSR
@@ -145,33 +146,36 @@ def _pair(name: str, value: _Pair) -> tuple[int, int]:
 
 # ---- torch.library ----
 
-_MOST_WEIGHTS = 64
-_weights: OrderedDict[tuple[Any, ...], tuple[BlockCSR, list[Tensor]]] = OrderedDict()
+_weights: dict[tuple[Any, ...], tuple[BlockCSR, list[StorageWeakRef]]] = {}
 
 
+# A weight is immutable, and no part of what is traced: else export would copy it at each call, or store fake tensors.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _tensors(weight: BlockCSR) -> list[Any]:
     """A weight as the operators take it: crow_indices, col_indices, masks (int64 bits), values, shape, block_shape."""
     arrays = (weight.crow_indices, weight.col_indices, weight.masks.view("int64"), weight.values)
-    return [*(torch.from_numpy(a) for a in arrays), list(weight.shape), list(weight.block_shape)]
+    with _disable_current_modes():
+        return [*(torch.from_numpy(a) for a in arrays), list(weight.shape), list(weight.block_shape)]
 
 
 def _weight(
     crow: Tensor, col: Tensor, masks: Tensor, values: Tensor, shape: Sequence[int], block: Sequence[int]
 ) -> BlockCSR:
-    """The weight of these tensors, checked and packed once as long as they stay the same memory, unwritten."""
-    tensors = [crow, col, masks, values]
+    """The weight of these tensors, checked and packed once as long as they live, unwritten."""
+    tensors = (crow, col, masks, values)
     key = (*((t.data_ptr(), t._version, t.numel()) for t in tensors), tuple(shape), tuple(block))
     found = _weights.get(key)
-    if found is None:
+    if found is None or _expired(found[1]):  # another tensor may have been given a dead one's memory
+        for old in [old for old, (_, storages) in list(_weights.items()) if _expired(storages)]:
+            _weights.pop(old, None)
         bits = masks.contiguous().numpy().view("uint64")
-        found = (
-            BlockCSR(shape, (block[0], block[1]), crow.numpy(), col.numpy(), bits, values.detach().numpy()),
-            tensors,
-        )
-        _weights[key] = found  # holds the tensors too, so that their memory is not given to others
-        if len(_weights) > _MOST_WEIGHTS:
-            _weights.popitem(last=False)
+        weight = BlockCSR(shape, (block[0], block[1]), crow.numpy(), col.numpy(), bits, values.detach().numpy())
+        found = _weights[key] = (weight, [StorageWeakRef(t.untyped_storage()) for t in tensors])
     return found[0]
+
+
+def _expired(storages: list[StorageWeakRef]) -> bool:
+    return any(storage.expired() for storage in storages)
 
 
 @torch.library.custom_op("sparseprune::linear", mutates_args=())
