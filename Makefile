@@ -18,13 +18,15 @@ BUILT_FROM := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 FILES := $(shell find sparseprune -name '*.py*' -not -path '*/__pycache__/*' | sort | cksum | cut -d ' ' -f 1)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint wheel clean distclean tools
+.PHONY: demo test test-environment lint wheel clean distclean tools
 
 demo: $(VENV)/.installed-$(FILES)
 	$(RUN) examples/demo.py
 
-test: $(VENV)/.installed-$(FILES)
+test: test-environment
 	$(RUN) -m pytest
+
+test-environment: $(VENV)/.installed-$(FILES)
 
 lint: $(VENV)/.installed-$(FILES)
 	$(RUN) -m ruff check .

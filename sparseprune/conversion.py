@@ -74,7 +74,7 @@ def convert(
         raise ValueError(f"min_gain={min_gain} must be positive")
     _native.isa()  # a SPARSEPRUNE_ISA that cannot be had is an error now, not later
     if example_inputs is None:
-        frozen = snapshot(model)  # the weights as they are now, whatever happens to the model before the first call
+        frozen = snapshot(model, own=True)  # as it is now, whatever happens to it before the first call
         return SparseModule(None, lambda args: _convert(frozen, args, tune, min_gain, verify))
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     return SparseModule(_convert(model, args, tune, min_gain, verify))
@@ -105,7 +105,7 @@ def _convert(model: nn.Module, args: tuple[Any, ...], tune: str, min_gain: float
         report = replace(report, layers=layers, max_error=found.max_error, bound=found.allowed)
     converted = Converted(program, captured.in_spec, captured.constants, report)
     if tune == "measure":
-        _race(converted, snapshot(model), args, min_gain)
+        _race(converted, snapshot(model, own=True), args, min_gain)
     return converted
 
 
@@ -191,7 +191,7 @@ def _race(converted: Converted, model: nn.Module, args: tuple[Any, ...], min_gai
 
 
 def _take_turns(calls: dict[str, Callable[[], Any]], blocks: int = 4, seconds: float = 0.12) -> dict[str, float]:
-    """Median milliseconds of each call, in short blocks by turns, with pauses for the other's threads to stop spinning."""
+    """Median milliseconds of each call, in short blocks by turns, with pauses for others' threads to stop spinning."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(blocks):
         for name, call in calls.items():

@@ -95,7 +95,7 @@ class SparseModule(nn.Module):
         converted = self._converted or self._convert_now(args)
         leaves = self._leaves(converted, args)
         if converted.dense is not None:
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference_mode: its tensors cannot take part in a gradient later
                 return converted.dense(*args)
         return self._run(converted.program, leaves)
 

@@ -44,7 +44,7 @@ def linear(x: Tensor, weight: BlockCSR, bias: Tensor | None = None) -> Tensor:
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected shape (..., {weight.shape[1]}), got {tuple(x.shape)}")
     if torch.compiler.is_compiling():
-        return torch.ops.sparseprune.linear(x, *_tensors(weight), bias)  # type: ignore[no-any-return]
+        return torch.ops.sparseprune.linear(x.detach(), *_tensors(weight), _detached(bias))  # type: ignore[no-any-return]
     return _linear(x, weight, bias)
 
 
@@ -81,9 +81,13 @@ def conv2d(
         raise ValueError(f"x: expected shape (N, C, H, W), got {tuple(x.shape)}")
     pairs = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
     if torch.compiler.is_compiling():
-        stride, padding, dilation = (list(p) for p in pairs)
-        return torch.ops.sparseprune.conv2d(x, *_tensors(weight), bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+        op = torch.ops.sparseprune.conv2d
+        return op(x.detach(), *_tensors(weight), _detached(bias), *map(list, pairs), groups)  # type: ignore[no-any-return]
     return _conv2d(x, weight, bias, *pairs, groups)
+
+
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()
 
 
 def _linear(x: Tensor, weight: BlockCSR, bias: Tensor | None) -> Tensor:
@@ -170,12 +174,13 @@ def _weight(
             _weights.pop(old, None)
         bits = masks.contiguous().numpy().view("uint64")
         weight = BlockCSR(shape, (block[0], block[1]), crow.numpy(), col.numpy(), bits, values.detach().numpy())
-        found = _weights[key] = (weight, [StorageWeakRef(t.untyped_storage()) for t in tensors])
+        storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]  # type: ignore[no-untyped-call]
+        found = _weights[key] = (weight, storages)
     return found[0]
 
 
 def _expired(storages: list[StorageWeakRef]) -> bool:
-    return any(storage.expired() for storage in storages)
+    return any(storage.expired() for storage in storages)  # type: ignore[no-untyped-call]
 
 
 @torch.library.custom_op("sparseprune::linear", mutates_args=())

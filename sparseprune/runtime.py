@@ -97,7 +97,7 @@ class Program:
         return outputs
 
     def describe(self) -> dict[str, Any]:
-        """What is in it: `inputs` [{name, shape}], `layers` [{name, op, shape, kept, …}], `nbytes`, `isa`, `threads`."""
+        """What is in it: `inputs` [{name, shape}], `layers` [{name, op, shape, …}], `nbytes`, `isa`, `threads`."""
         return {
             "inputs": [{"name": name, "shape": list(shape)} for name, shape in self.inputs],
             "layers": [dict(layer) for layer in self._native.layers],

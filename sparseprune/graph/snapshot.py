@@ -1,7 +1,7 @@
 """A frozen copy of a module tree: effective weights, evaluation mode, no pruning hooks, no parametrizations.
 
 `copy.deepcopy` fails on hooked models (a pruned `weight` is no leaf tensor) and copies every weight; this copies the
-structure only. Tensors are shared with the model wherever it already holds the effective value.
+structure only. Unless asked to own them, tensors are shared with the model wherever it holds the effective value.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from ..errors import UnsupportedError
 __all__ = ["snapshot"]
 
 
-def snapshot(model: nn.Module) -> nn.Module:
+def snapshot(model: nn.Module, *, own: bool = False) -> nn.Module:
     """A structural copy of `model` in evaluation mode; nothing of `model` is written, neither flag nor tensor.
 
     A weight under a `torch.nn.utils.prune` hook becomes `apply_mask(weight_orig)` (the `weight` attribute is stale
-    after an optimizer step), a parametrized one what its parametrization returns in evaluation mode.
+    after an optimizer step), a parametrized one what its parametrization returns in evaluation mode. With `own` its
+    tensors are copies too: what is written into the model later does not show in it.
 
     Raises:
         UnsupportedError: The model holds a TorchScript module.
     """
     with torch.no_grad():
-        return _Copier().module(model)
+        return _Copier(own).module(model)
 
 
 class _Copier:
-    def __init__(self) -> None:
+    def __init__(self, own: bool) -> None:
+        self.own = own
         self.memo: dict[int, Any] = {}
         self.alive: list[Any] = []  # a memo by id is only sound while its keys live
 
@@ -80,10 +82,10 @@ class _Copier:
         return tuple(self.value(item) for item in value) if type(value) is tuple else value
 
     def tensor(self, tensor: Tensor) -> Tensor:
-        """The same memory; tied parameters stay one object."""
+        """The same memory, or a copy if `own`; tied parameters stay one object."""
         if nn.parameter.is_lazy(tensor):
             raise UnsupportedError("the model holds uninitialized (lazy) parameters; run it once on an example first")
-        detached = tensor.detach()
+        detached = tensor.detach().clone() if self.own else tensor.detach()
         if isinstance(tensor, nn.Parameter):
             detached = nn.Parameter(detached, requires_grad=False)
         self.remember(tensor, detached)
