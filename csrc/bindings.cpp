@@ -33,7 +33,7 @@ py::array_t<T> to_array(const std::vector<T>& v) {
 // A float32, C-contiguous, aligned array of exactly this shape; nothing is converted.
 const py::array& checked(const py::array& a, const Shape& shape, const char* what, size_t index, bool writes) {
     const std::string name = message(what, "[", index, "]");
-    if (!a.dtype().is(py::dtype::of<float>())) {
+    if (!py::isinstance<py::array_t<float>>(a)) {
         throw ValueError(message(name, " has dtype ", py::str(a.dtype()).cast<std::string>(), ", expected float32"));
     }
     if (shape_of(a) != shape) throw ValueError(message(name, " has shape ", to_string(shape_of(a)), ", expected ", to_string(shape)));
@@ -228,8 +228,13 @@ void bind_program(py::module_& m) {
         .def_property_readonly("tree", [](const Program& p) { return p.graph().tree; })
         .def_property_readonly("tuned",
                                [](Program& p) {
+                                   std::vector<Tuned> tuned;
+                                   {
+                                       py::gil_scoped_release released;
+                                       tuned = p.tuned();
+                                   }
                                    py::list out;
-                                   for (const Tuned& t : p.tuned()) out.append(py::make_tuple(t.isa, t.shapes, choice_list(t.choices)));
+                                   for (const Tuned& t : tuned) out.append(py::make_tuple(t.isa, t.shapes, choice_list(t.choices)));
                                    return out;
                                })
         .def_property_readonly("layers", [](const Program& p) { return layer_list(p.graph()); })
@@ -245,7 +250,10 @@ void bind_program(py::module_& m) {
         .def(
             "set_choices",
             [](Program& p, const std::vector<Shape>& shapes, const py::list& choices, std::optional<std::string> isa) {
-                p.set_choices(kernels_named(isa).name, shapes, choices_from(choices));
+                const Choices wanted = choices_from(choices);
+                const Kernels& kernels = kernels_named(isa);
+                py::gil_scoped_release released;
+                p.set_choices(kernels.name, shapes, wanted);
             },
             py::arg("shapes"), py::arg("choices"), py::arg("isa") = py::none())
         .def(
@@ -257,7 +265,7 @@ void bind_program(py::module_& m) {
                 std::vector<TunedLayer> layers;
                 const auto call = [&](int done, int all) {  // the callback is Python's
                     py::gil_scoped_acquire held;
-                    return !progress || (PyErr_CheckSignals() == 0 && progress(done, all));
+                    return PyErr_CheckSignals() == 0 && (!progress || progress(done, all));
                 };
                 {
                     py::gil_scoped_release released;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <map>
 
 #include "errors.h"
 
@@ -178,12 +179,12 @@ std::vector<Column> plan_copy(ConvPlan& p) {
     const ConvShape& s = p.shape;
     const bool halo = p.choice.form == Form::halo;
     PhaseCopy& copy = p.copy;
-    const auto phase_of = [&](const Tap& tap) {
-        const std::array<int64_t, 2> wanted{tap.py, tap.px};
-        return std::find(copy.phases.begin(), copy.phases.end(), wanted) - copy.phases.begin();
-    };
+    std::map<std::pair<int64_t, int64_t>, int64_t> numbers;
     for (const Tap& tap : s.taps)
-        if (phase_of(tap) == static_cast<int64_t>(copy.phases.size())) copy.phases.push_back({tap.py, tap.px});
+        if (numbers.emplace(std::pair{tap.py, tap.px}, static_cast<int64_t>(copy.phases.size())).second)
+            copy.phases.push_back({tap.py, tap.px});
+    std::vector<int64_t> phase_of;  // by tap
+    for (const Tap& tap : s.taps) phase_of.push_back(numbers.at({tap.py, tap.px}));
     copy.rows = s.out.h + s.max_qy - s.min_qy;
     copy.pitch = halo ? round_up(s.out.w + s.max_qx - s.min_qx, 16) : s.out.pitch;
     copy.first_column = halo ? s.min_qx : 0;
@@ -193,8 +194,8 @@ std::vector<Column> plan_copy(ConvPlan& p) {
     const bool shifted = !halo && (s.max_qx != 0 || s.min_qx != 0);
     make_masks(p);
     make_tiles(p, 0, copy.rows * copy.pitch, copy.pitch, shifted ? s.out.row_vectors() : 1);
-    return make_columns(s, [&](int64_t c, const Tap& tap, int64_t) {
-        const int64_t at = c * copy.plane + phase_of(tap) * copy.phase + (tap.qy - s.min_qy) * copy.pitch;
+    return make_columns(s, [&](int64_t c, const Tap& tap, int64_t t) {
+        const int64_t at = c * copy.plane + phase_of[static_cast<size_t>(t)] * copy.phase + (tap.qy - s.min_qy) * copy.pitch;
         return halo ? Column{narrow_offset(at + tap.qx - s.min_qx), 0} : Column{narrow_offset(at), static_cast<int32_t>(tap.qx)};
     });
 }

@@ -19,6 +19,8 @@ enum class Op { conv, linear, max_pool, avg_pool, adaptive_avg_pool, adaptive_ma
 enum class Act { none, relu, relu6 };
 const char* op_name(Op op);
 
+constexpr int64_t max_kernel_area = 1 << 14;  // taps of a convolution: planning costs time and memory for each
+
 // Spatial attributes are {h, w}; for dims == 1 the h part is neutral (kernel 1, stride 1, padding 0).
 struct Window {
     std::array<int64_t, 2> kernel{1, 1}, stride{1, 1}, dilation{1, 1};

@@ -15,7 +15,7 @@ int32_t bits_of(float value) {
 
 void pack_single(PackedWeight& out, const Csr& csr, int64_t rows_per_group, const std::vector<Column>& columns, int64_t cols) {
     out.shifts = {0};
-    for (const Column& c : columns)
+    for (const Column& c : columns)  // at most 31 different ones
         if (std::find(out.shifts.begin(), out.shifts.end(), c.shift) == out.shifts.end()) out.shifts.push_back(c.shift);
     const int64_t rows = static_cast<int64_t>(csr.row_start.size()) - 1;
     out.entries.reserve(csr.value.size());

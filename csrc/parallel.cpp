@@ -130,6 +130,7 @@ public:
 private:
     bool grow(int workers) {
         try {
+            if (workers > 0) workers_.reserve(static_cast<size_t>(workers));  // a started worker must not be lost to bad_alloc
             while (static_cast<int>(workers_.size()) < workers) {
                 auto worker = std::make_unique<Worker>();
                 worker->start(static_cast<int>(workers_.size()) + 1);
@@ -204,6 +205,7 @@ void set_num_threads(int n) {
 }
 
 void run_steps(int threads, int steps, const std::function<void(int, int)>& step, const std::function<void(int)>& after) {
+    if (steps == 0) return;
     Job job{step, after, threads, steps};
     if (threads > 1 && pool()->run(job)) return;
     for (int i = 0; i < steps; ++i) {

@@ -152,8 +152,7 @@ private:
         const Value a = input(node, 0);
         const Layout out = layout_of(shape_of(value_), true);
         const Ref ref = new_buffer(out.size());
-        const Window& w = node.window;
-        const int64_t line = pool_scratch(a.layout.w, out.w, w.kernel[1], w.stride[1], w.dilation[1], w.padding[2]);
+        const int64_t line = pool_line(node, a.layout, out);
         const Ref scratch = new_buffer(line * threads());
         const auto ptr = pointers();
         add_step({a.ref, ref, scratch}, [ptr, a, out, ref, scratch, line, n = &node, k = &kernels(), count = threads()](
@@ -213,9 +212,17 @@ private:
         const int64_t kept = weight.sparse ? weight.sparse->kept() : total;
         plan_.candidates_[node] = conv_choices(shape, static_cast<double>(kept) / static_cast<double>(total), kernels());
         Choice choice = plan_.candidates_[node][0];
-        if (node < wanted_.size() && wanted_[node] && choice_fits(shape, *wanted_[node], kernels())) choice = fitting(shape, *wanted_[node]);
+        if (node < wanted_.size() && wanted_[node] && may_take(shape, *wanted_[node])) choice = fitting(shape, *wanted_[node]);
         plan_.choices_[node] = choice;
         return choice;
+    }
+
+    // A wanted choice is a hint: from a file, or tuned for another shape. Only what this layer would offer itself is taken.
+    bool may_take(const ConvShape& shape, const Choice& wanted) const {
+        if (plan_.options_.any_choice) return choice_fits(shape, wanted, kernels());
+        for (const Choice& c : plan_.candidates_[static_cast<size_t>(node_)])
+            if (c.form == wanted.form && c.kind == wanted.kind) return true;
+        return false;
     }
 
     // Keeps form and kind, which settle the rounding, and takes the nearest tile that this shape allows.

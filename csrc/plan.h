@@ -16,7 +16,8 @@ namespace sparseprune {
 struct PlanOptions {
     const Kernels* kernels;
     int threads = 1;
-    bool guarded = false;  // each buffer ends at an inaccessible page (tests)
+    bool guarded = false;     // each buffer ends at an inaccessible page (tests)
+    bool any_choice = false;  // take wanted choices that this density and shape would not offer (tests)
 };
 
 // Pointers of one call.

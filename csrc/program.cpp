@@ -13,18 +13,31 @@ Program::Program(Graph graph) : graph_(std::make_shared<const Graph>(std::move(g
     for (const Tuned& t : graph_->tuned) set_choices(t.isa, t.shapes, t.choices);
 }
 
+// Planning a large network takes a while: it happens outside the lock, and where two callers planned the same, the first stays.
 std::shared_ptr<const Plan> Program::plan(const std::vector<Shape>& shapes, int threads, const Kernels& kernels) {
     const Key key{kernels.name, shapes};
+    Choices choices;
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (auto found = find_plan(key, threads)) return found;
+        choices = choices_for(key);
+    }
+    PlanOptions options{&kernels, threads};
+    auto plan = std::make_shared<const Plan>(graph_, shapes, options, choices);
     std::lock_guard<std::mutex> lock(mutex_);
+    if (auto found = find_plan(key, threads)) return found;
+    plans_.push_front({key, threads, plan});
+    if (plans_.size() > kMostPlans) plans_.pop_back();
+    return plan;
+}
+
+std::shared_ptr<const Plan> Program::find_plan(const Key& key, int threads) {
     for (auto it = plans_.begin(); it != plans_.end(); ++it) {
         if (it->threads != threads || it->key != key) continue;
         plans_.splice(plans_.begin(), plans_, it);
         return it->plan;
     }
-    auto plan = std::make_shared<const Plan>(graph_, shapes, PlanOptions{&kernels, threads}, choices_for(key));
-    plans_.push_front({key, threads, plan});
-    if (plans_.size() > kMostPlans) plans_.pop_back();
-    return plan;
+    return nullptr;
 }
 
 Choices Program::choices_for(const Key& key) const {
@@ -67,6 +80,9 @@ Graph single_layer(std::shared_ptr<const BlockCSR> weight, int dims, const Windo
         if (v < 1 || v > (1 << 20)) throw ValueError(message("dilation=", v, " must be in [1, 2^20]"));
     for (int64_t v : window.padding)
         if (v < 0 || v > (1 << 20)) throw ValueError(message("padding=", v, " must be in [0, 2^20]"));
+    if (dims == 2 && shape[2] > max_kernel_area / shape[3])
+        throw ValueError(message("weight: a kernel of ", shape[2], " x ", shape[3], " exceeds ", max_kernel_area, " taps"));
+    if (dims == 1 && shape[2] > max_kernel_area) throw ValueError(message("weight: a kernel of ", shape[2], " exceeds ", max_kernel_area, " taps"));
     Graph graph;
     Input input{"input", {}, {}};
     for (size_t i = 0; i < rank; ++i) {

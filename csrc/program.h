@@ -33,6 +33,7 @@ private:
         int threads;
         std::shared_ptr<const Plan> plan;
     };
+    std::shared_ptr<const Plan> find_plan(const Key& key, int threads);  // with mutex_ held, as choices_for
     Choices choices_for(const Key& key) const;
 
     std::shared_ptr<const Graph> graph_;

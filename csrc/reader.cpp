@@ -14,7 +14,7 @@ namespace sparseprune {
 namespace {
 
 constexpr int64_t max_extent = std::numeric_limits<int32_t>::max();
-constexpr size_t max_input_rank = 8;
+constexpr size_t max_input_rank = 4;
 
 // Runs `read`; whatever is wrong in there is the file's fault, and is said of `what`.
 template <class Read>
@@ -45,8 +45,8 @@ Input read_input(const Json& json) {
     Input input;
     input.name = json.at("name").string();
     const auto& shape = json.at("shape");
-    if (shape.array().empty() || shape.array().size() > max_input_rank)
-        shape.fail(message("the shape has ", shape.array().size(), " dimensions, expected 1 to ", max_input_rank));
+    if (shape.array().size() < 2 || shape.array().size() > max_input_rank)
+        shape.fail(message("the shape has ", shape.array().size(), " dimensions, expected 2 to ", max_input_rank));
     for (const auto& item : shape.array()) {
         if (item.is_string()) {
             if (item.string().empty()) item.fail("the name of a size is empty");
@@ -161,6 +161,11 @@ private:
     // A dense weight's shape is its array's, so the payload bounds it.
     std::shared_ptr<const std::vector<float>> read_dense(const std::string& name, const Shape& shape) {
         const std::string values = name + ".values";
+        int64_t columns = 1;
+        for (size_t i = 1; i < shape.size(); ++i) {
+            if (shape[i] > max_extent / columns) throw FormatError(message("a row of ", to_string(shape), " exceeds ", max_extent, " columns"));
+            columns *= shape[i];
+        }
         if (tensor(values, shape.size()).shape != shape)
             throw FormatError(message("the array '", values, "' has not the shape ", to_string(shape)));
         return std::make_shared<const std::vector<float>>(array<float>(values, DType::f32, shape.size()));
@@ -236,6 +241,8 @@ private:
         if (shape[1] > max_extent / node.groups)
             json.fail(message("attrs.groups=", node.groups, " times ", shape[1], " exceeds ", max_extent, " channels"));
         node.window.kernel = {node.dims == 2 ? shape[2] : 1, shape.back()};
+        if (node.window.kernel[0] > max_kernel_area / node.window.kernel[1])
+            json.fail(message("a kernel of ", node.window.kernel[0], " x ", node.window.kernel[1], " exceeds ", max_kernel_area, " taps"));
     }
 
     // Layers that share a bias share its memory: a file cannot make us copy one array many times.

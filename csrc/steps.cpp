@@ -100,6 +100,14 @@ float average_divisor(const Node& node, const Layout& from, int64_t oy, int64_t 
 
 }  // namespace
 
+// A single output column needs no stride, however large it is declared.
+static int64_t column_stride(const Node& node, const Layout& to) { return to.w == 1 ? 1 : node.window.stride[1]; }
+
+int64_t pool_line(const Node& node, const Layout& from, const Layout& to) {
+    const Window& w = node.window;
+    return pool_scratch(from.w, to.w, w.kernel[1], column_stride(node, to), w.dilation[1], w.padding[2]);
+}
+
 void pool_value(const Kernels& k, const Node& node, const Layout& from, const float* in, const Layout& to, float* out,
                 float* scratch, Part part) {
     const Window& w = node.window;
@@ -110,7 +118,7 @@ void pool_value(const Kernels& k, const Node& node, const Layout& from, const fl
                 const Span span = rows_inside(y * w.stride[0] - w.padding[0], w.kernel[0], w.dilation[0], from.h);
                 float* row = out + to.at(n, c, y);
                 const PoolRow job{in + from.at(n, c, span.first), from.pitch * w.dilation[0], span.rows, from.w, w.kernel[1],
-                                  w.stride[1], w.dilation[1], w.padding[2], row, to.w, scratch};
+                                  column_stride(node, to), w.dilation[1], w.padding[2], row, to.w, scratch};
                 if (node.op == Op::max_pool) {
                     k.max_pool_row(job);
                 } else {

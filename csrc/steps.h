@@ -22,7 +22,8 @@ void flatten_value(const Layout& from, const float* in, const Layout& to, float*
 // out = act(a + b); b may be null
 void add_values(const Kernels& k, const Layout& la, const float* a, const Layout& lb, const float* b, const Layout& lo,
                 float* out, KernelAct act, Part part);
-// scratch: input width floats
+// scratch: pool_line floats
+int64_t pool_line(const Node& node, const Layout& from, const Layout& to);
 void pool_value(const Kernels& k, const Node& node, const Layout& from, const float* in, const Layout& to, float* out,
                 float* scratch, Part part);
 void adaptive_pool_value(const Kernels& k, const Node& node, const Layout& from, const float* in, const Layout& to, float* out,

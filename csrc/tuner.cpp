@@ -65,7 +65,7 @@ public:
             for (size_t place : {size_t{1}, size_t{0}})
                 time_candidates(kFinalRuns, [&](size_t node) { return order[node][std::min(place, order[node].size() - 1)]; });
         }
-        if (progress) progress(total, total);
+        if (more && progress) progress(total, total);
         return finish();
     }
 

@@ -15,9 +15,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -53,7 +55,7 @@ def datasets(directory: Path | None) -> tuple[TensorDataset, TensorDataset]:
     return part("train"), part("test")
 
 
-def train(model: nn.Module, train_set: DataLoader, epochs: int) -> None:
+def train(model: nn.Module, train_set: DataLoader[Any], epochs: int) -> None:
     """Ordinary training; masks, where the model has some, are held."""
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
@@ -61,9 +63,9 @@ def train(model: nn.Module, train_set: DataLoader, epochs: int) -> None:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, images: Tensor) -> np.ndarray:
+def predict(model: nn.Module, images: Tensor) -> NDArray[Any]:
     """The predicted class of each image, (N,) int64."""
-    return torch.cat([model(batch).argmax(1) for batch in images.split(100)]).numpy()
+    return torch.cat([model(batch).argmax(1) for batch in torch.split(images, 100)]).numpy()
 
 
 @torch.inference_mode()
@@ -81,13 +83,14 @@ def latencies(models: dict[str, nn.Module], image: Tensor) -> dict[str, float]:
     return {name: float(np.median(times)) for name, times in taken.items()}
 
 
-def predict_without_torch(program: Path, images: Tensor) -> np.ndarray:
+def predict_without_torch(program: Path, images: Tensor) -> NDArray[Any]:
     """Predictions of the saved program in a new Python that never imports torch."""
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder, "images.npy"), Path(folder, "classes.npy")
         np.save(given, images.numpy())
         subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(program), str(given), str(found)], check=True)
-        return np.load(found)
+        classes: NDArray[Any] = np.load(found)
+        return classes
 
 
 def main() -> None:
@@ -109,7 +112,7 @@ def main() -> None:
 
     print(f"1. Train a residual network on {len(train_data):,} images of clothes")
     model = resnet18_32(width=16, blocks=(1, 1, 1, 1), in_channels=1, seed=0)
-    model.to(memory_format=torch.channels_last)  # torch trains faster so
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch trains faster so
     train(model, train_set, args.epochs)
     accuracy_dense = float(np.mean(predict(model.eval(), images) == labels.numpy()))
     torch.save(model.state_dict(), args.output / "dense.pt")
@@ -121,7 +124,7 @@ def main() -> None:
     print("3. Finetune what is left")
     train(model, train_set, max(1, args.epochs * 2 // 3))
     sparseprune.finalize(model)  # masks become plain zeros
-    model.eval().to(memory_format=torch.contiguous_format)
+    model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     masked = predict(model, images)
 
     print("4. Convert, and compare with the masked model on every test image")
@@ -134,7 +137,7 @@ def main() -> None:
 
     channels_last = resnet18_32(width=16, blocks=(1, 1, 1, 1), in_channels=1).eval()
     channels_last.load_state_dict(model.state_dict())
-    channels_last.to(memory_format=torch.channels_last)
+    channels_last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     times = latencies({"eager": model, "channels_last": channels_last, "converted": fast}, images[:1])
 
     size_dense, size_fast = ((args.output / name).stat().st_size for name in ("dense.pt", "model.spr"))

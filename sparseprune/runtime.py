@@ -138,7 +138,10 @@ def nest(tree: Mapping[str, Any], leaves: Iterator[Any]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
-def _with_tuned(data: bytes, tuned: Sequence[tuple[str, list[list[int]], Sequence[_native.ChoiceDict | None]]]) -> bytes:
+_Tuned = Sequence[tuple[str, list[list[int]], Sequence["_native.ChoiceDict | None"]]]
+
+
+def _with_tuned(data: bytes, tuned: _Tuned) -> bytes:
     """The same program with these choices in its graph; the payload stays as it is."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from sparseprune.dense import plain_copy
 from sparseprune.synthetic import fit_batch_norm
 from sparseprune.timing import machine
 
-QUICK = {"threads": 1, "rounds": 2, "block_seconds": 0.002, "progress": False}
+QUICK: dict[str, Any] = {"threads": 1, "rounds": 2, "block_seconds": 0.002, "progress": False}
+
+random_unstructured: Any = prune.random_unstructured
 
 
-def tiny() -> nn.Sequential:
+def tiny() -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(
@@ -42,7 +45,7 @@ class Off(nn.Module):
         self.model = model.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.model(x).clone()
+        y: Tensor = self.model(x).clone()
         y[0, 3] += 0.25
         return y
 
@@ -110,10 +113,10 @@ def test_wrong_arguments() -> None:
 
 def test_plain_copy_folds_masks() -> None:
     model = tiny()
-    prune.random_unstructured(model[0], "weight", 0.5)
+    random_unstructured(model[0], "weight", 0.5)
     parametrize.register_parametrization(model[7], "weight", Mask())
     model[0].weight_orig.data.mul_(2)  # as after a step of the optimizer: `weight` is stale
-    copy = plain_copy(model)
+    copy: Any = plain_copy(model)
     assert torch.equal(copy[0].weight, model[0].weight_orig * model[0].weight_mask)
     assert torch.equal(copy[7].weight, model[7].weight)
     assert not copy.training and not any(p.requires_grad for p in copy.parameters())
@@ -121,6 +124,7 @@ def test_plain_copy_folds_masks() -> None:
 
 
 def test_prune_uniform() -> None:
+    prune_uniform: Any = benchmarking.prune_uniform
     model = prune_uniform(tiny(), 0.9)
     zeros = {name: int((p == 0).sum()) for name, p in model.named_parameters() if name.endswith("weight")}
     assert zeros == {"0.weight": 0, "1.weight": 0, "2.weight": 0, "4.weight": round(0.9 * 32), "7.weight": 36}
@@ -131,7 +135,7 @@ def test_prune_uniform() -> None:
         prune_uniform(tiny(), 1)
     with pytest.raises(ValueError, match="'stem' is not a convolution"):
         prune_uniform(tiny(), 0.5, exclude=["stem"])
-    prune.random_unstructured(model[7], "weight", 0.5)
+    random_unstructured(model[7], "weight", 0.5)
     with pytest.raises(ValueError, match="7: the weight has a mask"):
         prune_uniform(model, 0.5)
 

@@ -35,7 +35,8 @@ def blocks(dense: Array, block_shape: tuple[int, int]) -> Array:
     """(out, ...) as (block rows, block columns, R * C), by plain NumPy."""
     r, c = block_shape
     rows, cols = dense.shape[0], int(np.prod(dense.shape[1:]))
-    return dense.reshape(rows // r, r, cols // c, c).swapaxes(1, 2).reshape(rows // r, cols // c, r * c)
+    cut: Array = dense.reshape(rows // r, r, cols // c, c).swapaxes(1, 2)
+    return cut.reshape(rows // r, cols // c, r * c)
 
 
 def same(a: BlockCSR, b: BlockCSR) -> bool:

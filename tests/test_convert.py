@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import sparseprune
 from sparseprune import SparseModule, SparsepruneError, UnsupportedError, VerificationError, conversion, verification
+from sparseprune.graph.capture import Captured, capture
 from sparseprune.synthetic import fit_batch_norm
 from sparseprune.zoo import resnet18_32
 
@@ -40,13 +41,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def network(kind: str = "zeros") -> Any:
     """A narrow ResNet-18 for 32x32 images, 90 % zeros, pruned in one of the ways there are."""
     model: Any = fit_batch_norm(resnet18_32(width=8, seed=0), (X,))
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and name != "conv1"}
     if kind == "zeros":
         sparseprune.prune_uniform(model, 0.9)
     elif kind == "hooks":
         prune_randomly: Any = torch_prune.random_unstructured
         torch.manual_seed(0)
-        for layer in layers.values():
+        layers = [m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and name != "conv1"]
+        layer: Any
+        for layer in layers:
             prune_randomly(layer, "weight", 0.9)
             with torch.no_grad():  # as an optimizer does: `layer.weight` is stale from here on
                 layer.weight_orig.mul_(1.5)
@@ -290,7 +292,12 @@ def test_a_new_shape_is_planned_not_tuned(fast: SparseModule, monkeypatch: pytes
 def test_warmup_tunes(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = sparseprune.convert(model, X, tune="fixed")
     tuned, tune = [], conversion.tune_program
-    monkeypatch.setattr(conversion, "tune_program", lambda p, shapes: tuned.append(shapes) or tune(p, shapes))
+
+    def noted(program: Any, shapes: list[tuple[int, ...]]) -> Any:
+        tuned.append(shapes)
+        return tune(program, shapes)
+
+    monkeypatch.setattr(conversion, "tune_program", noted)
     x = torch.randn(1, 3, 24, 24)
     assert fast.warmup(x) is fast and tuned == [[(1, 3, 24, 24)]]
     assert close(fast(x), oracle(model, x))
@@ -310,8 +317,13 @@ def test_the_first_call_converts(model: nn.Module) -> None:
 
 
 def test_a_race_of_first_calls_captures_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    captured, capture = [], conversion.capture
-    monkeypatch.setattr(conversion, "capture", lambda *a: captured.append(threading.get_ident()) or capture(*a))
+    captured = []
+
+    def noted(*args: Any) -> Captured:
+        captured.append(args)
+        return capture(*args)
+
+    monkeypatch.setattr(conversion, "capture", noted)
     fast = sparseprune.convert(model, tune="fixed")
     assert not captured
     barrier, outputs = threading.Barrier(8), []
@@ -340,12 +352,11 @@ def test_a_failed_first_call_may_be_repeated(model: nn.Module) -> None:
 
 
 def test_a_wrong_capture_is_found(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    capture = conversion.capture
-
-    def tampered(*args: Any) -> Any:
+    def tampered(*args: Any) -> Captured:
         captured = capture(*args)
         graph = captured.graph
         weight = next(node.weight for node in graph.nodes if node.op == "linear")
+        assert weight is not None
         wrong = dataclasses.replace(graph.weights[weight], dense=graph.weights[weight].dense * np.float32(1.01))
         return dataclasses.replace(captured, graph=dataclasses.replace(graph, weights={**graph.weights, weight: wrong}))
 
@@ -427,7 +438,7 @@ def test_an_output_may_take_part_in_a_gradient(fast: SparseModule) -> None:
     assert not y.requires_grad and not y.is_inference()
     head = nn.Linear(10, 1)
     head(y).sum().backward()
-    assert torch.allclose(head.weight.grad, y.sum(0, keepdim=True))
+    assert head.weight.grad is not None and torch.allclose(head.weight.grad, y.sum(0, keepdim=True))
 
 
 def test_wrong_inputs(fast: SparseModule) -> None:

@@ -22,15 +22,19 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as torch_prune
 from torch.optim.swa_utils import AveragedModel
 
+from sparseprune import pruning
 from sparseprune.errors import FormatError
 from sparseprune.files import load_pruned, load_weights, save_weights
 from sparseprune.positions import decode_positions, encode_positions
-from sparseprune.pruning import get_mask, hold_zeros, prune, set_mask, summary
+from sparseprune.pruning import hold_zeros, prune, set_mask, summary
 
 pytestmark = pytest.mark.filterwarnings("ignore:pruned to nothing")
 
+get_mask: Any = pruning.get_mask
+l1_unstructured: Any = torch_prune.l1_unstructured
 
-def network(seed: int = 0) -> nn.Sequential:
+
+def network(seed: int = 0) -> Any:
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(128, 64)
@@ -57,14 +61,16 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return set(a) == set(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def hooked(model: nn.Sequential) -> nn.Sequential:
+def hooked(model: Any) -> Any:
     for layer in (model[0], model[2], model[4]):
-        torch_prune.l1_unstructured(layer, "weight", 0.8)
+        l1_unstructured(layer, "weight", 0.8)
     return model
 
 
 class TheirMask(nn.Module):
     """As other libraries write it: floats, under another name, multiplied."""
+
+    keep: torch.Tensor
 
     def __init__(self, keep: torch.Tensor) -> None:
         super().__init__()
@@ -113,7 +119,7 @@ MODELS: dict[str, Callable[[], nn.Sequential]] = {
 @pytest.mark.parametrize("dialect", list(dialects()))
 def test_load_pruned_understands(dialect: str, into: str) -> None:
     checkpoint, expected = dialects()[dialect]
-    model = MODELS[into]()
+    model: Any = MODELS[into]()
     assert load_pruned(model, checkpoint) is model
     assert same(plain(model), expected)
     if into == "plain":
@@ -170,7 +176,8 @@ def test_load_pruned_rejects_other_things(tmp_path: Path) -> None:
 
 def test_weight_norm_checkpoints_keep_their_keys() -> None:
     model, other = (nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))) for _ in range(2))
-    assert torch.equal(load_pruned(other, model.state_dict())[0].weight, model[0].weight)
+    loaded: Any = load_pruned(other, model.state_dict())
+    assert torch.equal(loaded[0].weight, model.get_submodule("0").weight)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("into", list(MODELS))
@@ -199,7 +206,9 @@ def test_files_are_as_small_as_the_non_zeros(tmp_path: Path) -> None:
 
 
 def test_extremes(tmp_path: Path) -> None:
-    for make in (lambda w: w.zero_(), lambda w: w.zero_()[-1].fill_(2), lambda w: w.mul_(-0.0), lambda w: w):
+    makes: list[Callable[[torch.Tensor], object]]
+    makes = [lambda w: w.zero_(), lambda w: w.zero_()[-1].fill_(2), lambda w: w.mul_(-0.0), lambda w: w]
+    for make in makes:
         model, other = nn.Linear(700, 600), nn.Linear(700, 600)
         with torch.no_grad():
             make(model.weight)
@@ -210,8 +219,8 @@ def test_extremes(tmp_path: Path) -> None:
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
-    def tied() -> nn.Sequential:
-        model = nn.Sequential(nn.Embedding(50, 40), nn.Linear(40, 50, bias=False))
+    def tied() -> Any:
+        model: Any = nn.Sequential(nn.Embedding(50, 40), nn.Linear(40, 50, bias=False))
         model[1].weight = model[0].weight
         return model
 

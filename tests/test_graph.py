@@ -23,6 +23,9 @@ from sparseprune.graph.capture import Captured, capture
 from sparseprune.graph.ir import Graph, Node, Weight, pack_csr
 from sparseprune.graph.reference import EPS, run_reference
 
+l1_unstructured: Any = prune.l1_unstructured
+random_unstructured: Any = prune.random_unstructured
+
 
 def tensors(item: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(item) if isinstance(leaf, Tensor)]
@@ -80,6 +83,7 @@ def randomized(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
             for tensor in (module.running_mean, module.weight, module.bias):
                 nn.init.normal_(tensor)
             nn.init.uniform_(module.running_var, 0.5, 2)
@@ -101,7 +105,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         y += x if self.downsample is None else self.downsample(x)
-        return self.relu(y)
+        result: Tensor = self.relu(y)
+        return result
 
 
 def small_resnet() -> nn.Module:
@@ -146,7 +151,7 @@ def test_a_flatten_to_a_written_number_leaves_the_batch_open() -> None:
 
 
 def test_a_size_that_the_code_asks_about_is_fixed() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
+    def forward(m: Any, x: Tensor) -> Any:
         return m.conv(x) if x.shape[2] > 11 else m.conv(x).relu()
 
     captured = capture(Function(forward, conv=nn.Conv2d(3, 2, 1)), (X,))
@@ -296,10 +301,10 @@ def sparse(graph: Graph, name: str = "w0") -> float:
 
 
 def test_pruned_model_is_captured_fresh_and_left_alone() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 80, 4))
-    prune.l1_unstructured(model[0], "weight", 0.5)
-    prune.random_unstructured(model[0], "weight", 0.5)  # now a PruningContainer
-    prune.random_unstructured(model[3], "bias", 0.5)
+    model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 80, 4))
+    l1_unstructured(model[0], "weight", 0.5)
+    random_unstructured(model[0], "weight", 0.5)  # now a PruningContainer
+    random_unstructured(model[3], "bias", 0.5)
     model.train()
     model[1].eval()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -326,6 +331,8 @@ def test_pruned_model_is_captured_fresh_and_left_alone() -> None:
 
 
 class Mask(nn.Module):
+    mask: Tensor
+
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
@@ -363,7 +370,7 @@ def test_tied_weights_are_stored_once() -> None:
 
 
 def test_captured_weights_do_not_follow_the_model() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 3, 3))
+    model: Any = nn.Sequential(nn.Conv2d(3, 3, 3))
     graph = capture(model, (X,)).graph
     before = graph.weights["w0"].dense.copy(), graph.biases["b0"].copy()
     with torch.no_grad():
@@ -375,7 +382,7 @@ def test_captured_weights_do_not_follow_the_model() -> None:
 
 def test_forward_hooks_and_unregistered_modules_are_kept() -> None:
     hidden = [nn.BatchNorm2d(3)]
-    model = Function(lambda m, x: m.hidden[0](m.conv(x)), conv=nn.Conv2d(3, 3, 1))
+    model: Any = Function(lambda m, x: m.hidden[0](m.conv(x)), conv=nn.Conv2d(3, 3, 1))
     model.hidden = hidden
     model.conv.register_forward_hook(lambda module, args, output: output.relu())
     graph = capture(model, (X,)).graph
@@ -459,7 +466,7 @@ def test_bad_arguments() -> None:
 
 
 def test_bytes_hold_the_documented_arrays() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(320, 2, bias=False))
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(320, 2, bias=False))
     with torch.no_grad():
         model[0].weight[torch.rand(4, 3, 3, 3) < 0.7] = 0
     graph = capture(model, (X,)).graph
@@ -516,7 +523,7 @@ def test_float32_is_within_the_bound_and_the_bound_is_tight() -> None:
     with torch.no_grad():
         error = (model(x).double() - y[0]).abs()
     assert torch.all(error <= bound[0])
-    linear = nn.Sequential(nn.Linear(64, 8))
+    linear: Any = nn.Sequential(nn.Linear(64, 8))
     x = torch.rand(4, 64)
     _, bound = run_reference(capture(linear, (x,)).graph, [x], bounds=True)
     magnitude = x.double() @ linear[0].weight.double().abs().T + linear[0].bias.double().abs()

@@ -36,15 +36,15 @@ def check(model: nn.Module, x: torch.Tensor, isa: str) -> None:
 
 
 def pool(rng: random.Random) -> nn.Module:
-    kernel = [rng.randint(1, 4), rng.randint(1, 4)]
-    stride = [rng.randint(1, 3), rng.randint(1, 3)]
-    padding = [rng.randint(0, k // 2) for k in kernel]
+    kernel = rng.randint(1, 4), rng.randint(1, 4)
+    stride = rng.randint(1, 3), rng.randint(1, 3)
+    padding = rng.randint(0, kernel[0] // 2), rng.randint(0, kernel[1] // 2)
     ceil = rng.random() < 0.5
     if rng.random() < 0.5:
-        dilation = [rng.randint(1, 2), rng.randint(1, 2)]
-        return nn.MaxPool2d(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), ceil_mode=ceil)
+        dilation = rng.randint(1, 2), rng.randint(1, 2)
+        return nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=ceil)
     divisor = rng.choice([None, None, 3])
-    return nn.AvgPool2d(tuple(kernel), tuple(stride), tuple(padding), ceil, rng.random() < 0.5, divisor)
+    return nn.AvgPool2d(kernel, stride, padding, ceil, rng.random() < 0.5, divisor)
 
 
 def adaptive(rng: random.Random) -> nn.Module:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as torch_prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sparseprune.pruning import Block, Local, Mask, Scores, finalize, get_mask, hold_zeros, prune, set_mask, summary
+from sparseprune import pruning
+from sparseprune.pruning import Block, Local, Mask, Scores, finalize, hold_zeros, prune, set_mask, summary
 from sparseprune.pruning.scopes import prune_units
+
+get_mask: Any = pruning.get_mask
+l1_unstructured: Any = torch_prune.l1_unstructured
+random_unstructured: Any = torch_prune.random_unstructured
+averaging: Any = get_ema_multi_avg_fn
 
 pytestmark = pytest.mark.filterwarnings("ignore:pruned to nothing")
 
@@ -30,7 +37,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def network(seed: int = 0) -> nn.Sequential:
+def network(seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
@@ -48,7 +55,8 @@ class Tied(nn.Module):
         self.decoder.weight = self.embedding.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.body(self.embedding(tokens)))
+        result: Tensor = self.decoder(self.body(self.embedding(tokens)))
+        return result
 
 
 def pruned(model: nn.Module) -> int:
@@ -170,10 +178,12 @@ def test_batchnorm_and_biases_only_when_asked_for() -> None:
         model = prune(network(), 0.9, include=include)
         assert not parametrize.is_parametrized(model[1]) and bool((model[1].weight == 1).all())
         assert not any(parametrize.is_parametrized(m, "bias") for m in model)
-    for include in [("1",), nn.BatchNorm2d]:
-        assert get_mask(prune(network(), 0.5, include=include)[1]).sum() == 4
+    norms: list[Any] = [("1",), nn.BatchNorm2d]
+    for norm in norms:
+        assert get_mask(prune(network(), 0.5, include=norm)[1]).sum() == 4
     layer = prune(nn.Linear(4, 4), 10, parameters=("weight", "bias"))
-    assert 10 == sum(int((~get_mask(layer, n)).sum()) for n in ("weight", "bias") if get_mask(layer, n) is not None)
+    masks = [get_mask(layer, name) for name in ("weight", "bias")]
+    assert sum(int((~mask).sum()) for mask in masks if mask is not None) == 10
 
 
 def test_include_exclude_amounts() -> None:
@@ -289,8 +299,8 @@ def test_deepcopy_and_averages_keep_masks() -> None:
     twin = copy.deepcopy(model)
     steps(twin, torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9, weight_decay=0.1))
     assert zeros_hold(twin) and not torch.equal(twin[0].weight, model[0].weight)
-    for options in ({}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
-                    {"multi_avg_fn": get_ema_multi_avg_fn(0.9), "use_buffers": True}):  # fmt: skip
+    for options in ({}, {"multi_avg_fn": averaging(0.9)},
+                    {"multi_avg_fn": averaging(0.9), "use_buffers": True}):  # fmt: skip
         average = AveragedModel(model, **options)
         for _ in range(3):
             steps(model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1), 1)
@@ -325,7 +335,7 @@ def test_half_precision_keeps_bool_masks() -> None:
 
 
 def test_tied_weights_count_and_are_masked_once() -> None:
-    model = prune(Tied(), 0.5)
+    model: Any = prune(Tied(), 0.5)
     assert summary(model).total == 12 * 6 + 36 and pruned(model) == 54
     assert model.embedding.parametrizations.weight[0] is model.decoder.parametrizations.weight[0]
     optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9, weight_decay=0.1)
@@ -355,8 +365,8 @@ def test_a_shared_module_answers_to_both_names() -> None:
 def test_torch_prune_hooks_are_taken_over() -> None:
     model = network()
     weight = model[0].weight
-    torch_prune.l1_unstructured(model[0], "weight", 0.5)
-    torch_prune.random_unstructured(model[0], "weight", 0.5)
+    l1_unstructured(model[0], "weight", 0.5)
+    random_unstructured(model[0], "weight", 0.5)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     steps(model, optimizer)  # module.weight is stale now
     gone = model[0].weight_mask == 0
@@ -370,7 +380,7 @@ def test_torch_prune_hooks_are_taken_over() -> None:
 
 def test_finalize_leaves_plain_parameters() -> None:
     model = prune(network(), 0.9)
-    torch_prune.l1_unstructured(model[1], "weight", 0.5)
+    l1_unstructured(model[1], "weight", 0.5)
     x = torch.randn(2, 3, 8, 8)
     expected = model.eval()(x)
     assert finalize(model) is model and list(model.state_dict()) and not model[1]._forward_pre_hooks

@@ -105,7 +105,7 @@ def test_importing_is_lazy() -> None:
 
 
 def test_every_public_name_is_there() -> None:
-    for name in sparseprune.__all__:
+    for name in sparseprune.__all__:  # type: ignore[attr-defined]  # the stub says them one by one
         assert getattr(sparseprune, name) is not None and name in dir(sparseprune)
     with pytest.raises(AttributeError, match="module 'sparseprune' has no attribute 'nothing'"):
         _ = sparseprune.nothing  # type: ignore[attr-defined]
@@ -184,7 +184,7 @@ def test_the_native_gate_checks_arrays_itself(saved: Path) -> None:
     assert np.array_equal(y, np.load(saved / "y.npy"))
     frozen = y.copy()
     frozen.flags.writeable = False
-    for inputs, outputs, message in [
+    wrong: list[tuple[list[Any], list[Any], str]] = [
         ([], [y], "inputs: 0 came, expected 1"),
         ([X], [y, y], "outputs: 2 came, expected 1"),
         ([X.astype(np.float64)], [y], r"inputs\[0\] has dtype float64, expected float32"),
@@ -193,7 +193,8 @@ def test_the_native_gate_checks_arrays_itself(saved: Path) -> None:
         ([X], [np.empty((5, 2), np.float32)], r"outputs\[0\] has shape \(5, 2\), expected \(2, 5\)"),
         ([X], [np.empty((5, 2), np.float32).T], r"outputs\[0\] is not C-contiguous"),
         ([X], [frozen], r"outputs\[0\] is read-only"),
-    ]:
+    ]
+    for inputs, outputs, message in wrong:
         with pytest.raises(ValueError, match=message):
             plan.run(inputs, outputs)
 

@@ -162,7 +162,8 @@ def test_more_threads_than_work(program: runtime.Program) -> None:
 
 
 def test_affinity_is_respected() -> None:
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import sparseprune; print(sparseprune.num_threads())"
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    code += "import sparseprune; print(sparseprune.num_threads())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 

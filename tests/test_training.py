@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from sparseprune import pruning
 from sparseprune.errors import SparsepruneError
-from sparseprune.pruning import finalize, get_mask, hold_zeros, prune, summary
+from sparseprune.pruning import finalize, hold_zeros, prune, summary
 from sparseprune.training import Evaluation, evaluate, finetune
+
+get_mask: Any = pruning.get_mask
+l1_unstructured: Any = torch_prune.l1_unstructured
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +31,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def data(n: int = 128, seed: int = 0, batch: int = 32) -> DataLoader:
+def data(n: int = 128, seed: int = 0, batch: int = 32) -> DataLoader[Any]:
     """Two classes told apart by brightness."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randint(2, (n,), generator=generator)
@@ -34,7 +39,7 @@ def data(n: int = 128, seed: int = 0, batch: int = 32) -> DataLoader:
     return DataLoader(TensorDataset(x, y), batch_size=batch, shuffle=True)
 
 
-def network() -> nn.Sequential:
+def network() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(64, 2)
@@ -79,7 +84,7 @@ def test_modes_and_random_state_are_restored() -> None:
 
 
 def test_a_seed_repeats_the_run() -> None:
-    runs = []
+    runs: list[Any] = []
     for seed in (0, 0, 1):
         model = prune(network(), 0.5)
         torch.manual_seed(len(runs) + 10)
@@ -111,7 +116,8 @@ def test_empty_loaders() -> None:
 
 class Stream(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        yield from data(64).dataset
+        samples: Any = data(64).dataset
+        yield from samples
 
 
 def test_loaders_without_a_length() -> None:
@@ -171,7 +177,7 @@ def test_batches_of_the_wrong_kind() -> None:
 
 def test_torch_prune_hooks_hold_too() -> None:
     model = network()
-    torch_prune.l1_unstructured(model[5], "weight", 0.5)
+    l1_unstructured(model[5], "weight", 0.5)
     finetune(model, data(), epochs=1, val_loader=data(seed=1), progress=False)
     assert summary(model).layers[1].sparsity == 0.5 and int((finalize(model)[5].weight == 0).sum()) == 64
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +15,7 @@ from sparseprune import zoo
     # the usual counts of torchvision's networks of the same names; the 32×32 one has a smaller stem and ten classes
     [(zoo.resnet18_32, 11_173_962), (zoo.resnet18, 11_689_512), (zoo.resnet50, 25_557_032)],
 )
-def test_parameter_counts(factory: type[zoo.ResNet], parameters: int) -> None:
+def test_parameter_counts(factory: Callable[[], nn.Module], parameters: int) -> None:
     assert sum(p.numel() for p in factory().parameters()) == parameters
 
 
@@ -36,7 +39,7 @@ def test_usual_layer_names() -> None:
 
 
 def test_small_relatives() -> None:
-    model = zoo.resnet18_32(7, width=8, in_channels=1, blocks=(1, 1, 1))
+    model: Any = zoo.resnet18_32(7, width=8, in_channels=1, blocks=(1, 1, 1))
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
     assert model.layer3[0].conv2.weight.shape == (32, 32, 3, 3)
     assert model(torch.zeros(2, 1, 45, 33)).shape == (2, 7)
@@ -51,7 +54,7 @@ def test_seed() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"width": 0}, {"num_classes": 0}, {"in_channels": -1}])
-def test_sizes_that_are_not_positive(wrong: dict[str, int]) -> None:
+def test_sizes_that_are_not_positive(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
         zoo.resnet18_32(**wrong)
 

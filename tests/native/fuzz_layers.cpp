@@ -183,7 +183,7 @@ void check_case(Random& random, const Case& c, const Kernels& kernels) {
     for (const auto& choice : tries) {
         Choices wanted(c.graph->nodes.size());
         wanted[last] = choice;
-        const Plan plan(c.graph, shapes, {&kernels, 1, true}, wanted);
+        const Plan plan(c.graph, shapes, {&kernels, 1, true, true}, wanted);
         if (choice && !(plan.choices()[last]->form == choice->form && plan.choices()[last]->kind == choice->kind)) continue;
         const std::vector<float> y = run_plan(plan, x, r, count(c.out));
         size_t bad = 0, where = 0;
@@ -198,7 +198,7 @@ void check_case(Random& random, const Case& c, const Kernels& kernels) {
         }
         CHECK(bad == 0);
         for (int threads : {2, 4}) {
-            const Plan more(c.graph, shapes, {&kernels, threads, true}, wanted);
+            const Plan more(c.graph, shapes, {&kernels, threads, true, true}, wanted);
             CHECK(std::memcmp(run_plan(more, x, r, y.size()).data(), y.data(), y.size() * 4) == 0);
         }
     }
