@@ -51,16 +51,13 @@ class BlockCSR:
             ValueError: A field that does not fit; the message names it and the value.
             TypeError: A field of another dtype.
         """
-        self._set(
-            _native.BlockCSR(
-                [int(size) for size in shape],
-                _pair(block_shape),
-                _integers("crow_indices", crow_indices, np.int32),
-                _integers("col_indices", col_indices, np.int32),
-                None if masks is None else _integers("masks", masks, np.uint64),
-                _floats("values", values),
-            )
-        )
+        columns = _integers("col_indices", col_indices, np.int32)
+        bits = None if masks is None else _integers("masks", masks, np.uint64)
+        if bits is not None and bits.size == 0 < columns.size:  # to the native side, no masks are full ones
+            raise ValueError(f"masks has 0 elements, expected {columns.size}")
+        crow = _integers("crow_indices", crow_indices, np.int32)
+        sizes = [int(size) for size in shape]
+        self._set(_native.BlockCSR(sizes, _pair(block_shape), crow, columns, bits, _floats("values", values)))
 
     def _set(self, native: _native.BlockCSR) -> None:
         self._native = native

@@ -161,7 +161,7 @@ class SparseModule(nn.Module):
     def _run(self, program: runtime.Program, leaves: list[Tensor]) -> Any:
         plan = program.plan(*(tuple(x.shape) for x in leaves))
         inputs = [x.detach().contiguous().numpy() for x in leaves]
-        outputs = [torch.empty(shape, dtype=torch.float32) for shape in plan.output_shapes]
+        outputs = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in plan.output_shapes]
         plan.run(inputs, [y.numpy() for y in outputs])
         return runtime.nest(program._tree, iter(outputs))
 

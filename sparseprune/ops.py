@@ -115,7 +115,7 @@ def _run(weight: BlockCSR, layer: tuple[Any, ...], x: Tensor, bias: Tensor | Non
     if program is None:
         program = weight._programs.setdefault(layer, _native.Program.layer(weight._native, *layer))
     plan = program.plan([tuple(x.shape)])
-    out = torch.empty(plan.output_shapes[0], dtype=torch.float32)
+    out = torch.empty(plan.output_shapes[0], dtype=torch.float32, device="cpu")
     plan.run([x.numpy()], [out.numpy()])
     if bias is not None:
         out += bias.detach().reshape(-1, *(1,) * (out.dim() - 2))

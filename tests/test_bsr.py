@@ -194,6 +194,7 @@ def test_the_good_fields_are_good() -> None:
         ("masks", [15, 17, 6], r"masks\[1\]=17 has bits outside the block: expected at most 15"),
         ("masks", [15, -1, 6], "masks: a value does not fit uint64"),
         ("masks", None, "values has 7 elements, expected 12"),
+        ("masks", [], "masks has 0 elements, expected 3"),
         ("values", np.ones(8, np.float32), "values has 8 elements, expected 7"),
         ("values", np.ones((7, 1), np.float32), "values has 2 dimensions, expected 1"),
     ],

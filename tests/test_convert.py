@@ -136,16 +136,17 @@ def test_the_model_is_left_untouched(kind: str) -> None:
     assert list(after) == list(values) and all(torch.equal(after[key], values[key]) for key in values)
 
 
-@pytest.mark.parametrize("when", ["at once", "at the first call", "dense"])
-def test_weights_are_snapshot(when: str) -> None:
+@pytest.mark.parametrize("when", ["at once", "at the first call", "eager", "channels_last"])
+def test_weights_are_snapshot(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     expected = oracle(model, X)
-    example = None if when == "at the first call" else X
-    fast = (
-        sparseprune.convert(model, X, min_gain=1e9)
-        if when == "dense"
-        else sparseprune.convert(model, example, tune="fixed")
-    )
+    if when in ("eager", "channels_last"):
+        times = {"sparse": 3.0, "eager": 2.0, "channels_last": 2.0, when: 1.0}
+        monkeypatch.setattr(conversion, "_take_turns", lambda *_: times)
+        fast = sparseprune.convert(model, X)
+        assert fast.report.runs == when
+    else:
+        fast = sparseprune.convert(model, None if when == "at the first call" else X, tune="fixed")
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.zero_()
@@ -431,6 +432,23 @@ def test_outputs_are_fresh(fast: SparseModule) -> None:
     second = fast(X)
     first.fill_(torch.nan)
     assert torch.equal(second, kept) and torch.equal(fast(X), kept) and torch.equal(X, before)
+
+
+def test_a_default_device_is_no_matter(fast: SparseModule) -> None:
+    expected = fast(X)
+    with torch.device("meta"):
+        assert torch.equal(fast(X), expected)
+
+
+def test_it_runs_among_compiled_code(fast: SparseModule) -> None:
+    compiled = torch.compile(nn.Sequential(fast, nn.Softmax(1)).eval(), backend="aot_eager")
+    assert torch.allclose(compiled(X), fast(X).softmax(1))
+
+
+def test_not_a_number_stays_one(fast: SparseModule) -> None:
+    x = X.clone()
+    x[0, 0, 3, 3] = torch.nan
+    assert bool(fast(x)[0].isnan().all()) and torch.equal(fast(x)[1], fast(X)[1])
 
 
 def test_an_output_may_take_part_in_a_gradient(fast: SparseModule) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a virtual environment brings them, too
 CASES = "200"  # .ci/run does 2,000 on each instruction set, and some under sanitizers
 
 
@@ -22,13 +24,14 @@ def executable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its folder is the build folder."""
     if given := os.environ.get("SPARSEPRUNE_NATIVE_TESTS"):
         return Path(given).resolve()
-    if not (ROOT / "csrc").is_dir() or shutil.which("cmake") is None:
-        pytest.skip("needs the sources and cmake")
+    cmake, ninja = (shutil.which(tool, path=TOOLS) for tool in ("cmake", "ninja"))
+    if cmake is None:
+        pytest.skip("needs cmake")
     build = tmp_path_factory.mktemp("native")
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     options = ["-DCMAKE_BUILD_TYPE=Release", "-DSPARSEPRUNE_PYTHON=OFF", "-DSPARSEPRUNE_TESTS=ON"]
-    configure: list[str | Path] = ["cmake", "-S", ROOT, "-B", build, *generator, *options]
-    for command in (configure, ["cmake", "--build", build, "-j", "2"]):
+    configure: list[str | Path] = [cmake, "-S", ROOT, "-B", build, *generator, *options]
+    for command in (configure, [cmake, "--build", build, "-j", "2"]):
         done = run(*command)
         assert done.returncode == 0, done.stdout + done.stderr
     return build / "native_tests"

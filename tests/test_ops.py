@@ -26,6 +26,10 @@ def sparse_weight(*shape: int, density: float = 0.3, seed: int = 0) -> Tensor:
     return weight
 
 
+KERNEL = BlockCSR.from_dense(sparse_weight(4, 3, 3, 3))
+MATRIX = BlockCSR.from_dense(sparse_weight(4, 6))
+
+
 def check(y: Tensor, apply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """|y - y64| <= (kept + 4) eps (sum |w x| + |b|), with the kept weights of the row."""
     y64 = apply(x.double(), weight.double(), None if bias is None else bias.double())
@@ -118,6 +122,13 @@ def test_outputs_are_fresh_and_inputs_unchanged() -> None:
     assert torch.equal(ops.conv2d(x, weight), kept) and torch.equal(x, before)
 
 
+def test_a_default_device_is_no_matter() -> None:
+    x, weight = torch.randn(2, 6), BlockCSR.from_dense(sparse_weight(4, 6))
+    with torch.device("meta"):
+        y = ops.linear(x, weight)
+    assert torch.equal(y, ops.linear(x, weight))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_outputs_carry_no_gradient(compiled: bool) -> None:
     weight, bias = BlockCSR.from_dense(sparse_weight(4, 6)), torch.ones(4, requires_grad=True)
@@ -208,13 +219,14 @@ def test_an_exported_weight_is_packed_once(strict: bool) -> None:
 
 def test_packed_weights_are_let_go_with_their_tensors() -> None:
     ops._weights.clear()
-    x = torch.ones(1, 6)
-    for seed in range(5):
-        weight = sparse_weight(4, 6, seed=seed)
-        tensors = ops._tensors(BlockCSR.from_dense(weight))
-        y = torch.ops.sparseprune.linear(x, *tensors, None)
-        check(y, F.linear, x, weight, None)  # also where a tensor has been given a dead one's memory
-        del tensors
+    x, (crow, col, masks, values, *shapes) = torch.ones(1, 6), ops._tensors(MATRIX)
+    memory = values.numpy().copy()
+    for factor in (1, 2, 3):  # another tensor in a dead one's memory
+        memory[:] = factor * values.numpy()
+        tensor = torch.from_numpy(memory)
+        y = torch.ops.sparseprune.linear(x, crow, col, masks, tensor, *shapes, None)
+        assert torch.allclose(y, factor * ops.linear(x, MATRIX))
+        del tensor
         assert len(ops._weights) == 1
 
 
@@ -232,9 +244,6 @@ def test_a_weight_is_copied_deeply() -> None:
 
 
 # ---- errors
-
-KERNEL = BlockCSR.from_dense(sparse_weight(4, 3, 3, 3))
-MATRIX = BlockCSR.from_dense(sparse_weight(4, 6))
 
 
 @pytest.mark.parametrize(
