@@ -9,15 +9,30 @@
 
 #include "block_csr.h"
 #include "choice.h"
+#include "cpu/kernels.h"
 
 namespace sparseprune {
 
 using Shape = std::vector<int64_t>;
 std::string to_string(const Shape& shape);  // "(1, 3, 32, 32)"
 
-enum class Op { conv, linear, max_pool, avg_pool, adaptive_avg_pool, adaptive_max_pool, add, act, flatten };
-enum class Act { none, relu, relu6 };
+enum class Op {
+    conv, linear, max_pool, avg_pool, adaptive_avg_pool, adaptive_max_pool, add, sub, mul, div, maximum, minimum, act, prelu, flatten,
+    constant, reshape, permute, expand, slice, index_select, roll, concat, pad, resize, pixel_shuffle, channel_shuffle, reduce, softmax,
+    layer_norm, group_norm, matmul
+};
 const char* op_name(Op op);
+
+enum class Binary { add, sub, mul, div, maximum, minimum };
+enum class Reduction { mean, sum, max, min };
+enum class PadMode { constant, reflect, replicate, circular };
+enum class ResizeMode { nearest, bilinear };
+
+// A size of a shape attribute: a positive number, -1 for what is left, -2 - i for size i of the first input, or a named one.
+struct Size {
+    int64_t value = 1;
+    std::string symbol;
+};
 
 constexpr int64_t max_kernel_area = 1 << 14;  // taps of a convolution: planning costs time and memory for each
 
@@ -41,13 +56,27 @@ struct Node {
     std::vector<int> inputs;
     int weight = -1;  // index into Graph::weights
     std::shared_ptr<const std::vector<float>> bias;
-    Act act = Act::none;
+    std::shared_ptr<const std::vector<float>> scale;
+    Activation act;
     int dims = 2;
     Window window;
     int64_t groups = 1;
     bool ceil_mode = false, count_include_pad = true;
     int64_t divisor = 0;
     std::array<int64_t, 2> output_size{0, 0};
+    // of the operators on values of any rank
+    std::vector<Size> shape;
+    std::vector<int64_t> axes, index;  // of permute, reduce; of index_select
+    int64_t axis = 0, start = 0, end = 0, step = 1, shift = 0;
+    std::vector<int64_t> pads;         // before and after each dimension
+    PadMode pad_mode = PadMode::constant;
+    float value = 0;
+    ResizeMode resize_mode = ResizeMode::nearest;
+    std::array<int64_t, 2> size{0, 0}, factor{1, 1}, crop{0, 0};
+    std::array<double, 2> resize_scale{0, 0};
+    bool align_corners = false, keepdim = false, transpose_b = false;
+    Reduction reduction = Reduction::mean;
+    double eps = 0;
 };
 
 struct Input {

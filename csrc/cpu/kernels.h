@@ -7,7 +7,15 @@ namespace sparseprune {
 
 constexpr int64_t kLanes = 16;
 
-enum class KernelAct : int32_t { none, relu, relu6 };
+enum class Act : int32_t {
+    none, relu, relu6, leaky_relu, clamp, hardsigmoid, hardswish, sigmoid, silu, tanh, elu, gelu, gelu_tanh, mish, softplus,
+    exp, sqrt, rsqrt, reciprocal, abs, neg, square
+};
+
+struct Activation {  // docs/program.md says what alpha and beta are
+    Act kind = Act::none;
+    float alpha = 0, beta = 0;
+};
 
 // A run of `count` vectors of output pixels, contiguous in the packed input and in the output.
 struct Tile {
