@@ -8,11 +8,14 @@
 
 namespace sparseprune {
 
+enum class Arrays { none, weight, bias, scale, scale_bias };  // weight: required, with an optional bias; bias: required (constant);
+                                                             // scale: required (prelu); scale_bias: both optional (norms)
+
 struct OpSchema {
     Op op;
     size_t min_inputs, max_inputs;
-    bool weight;
-    std::vector<const char*> attrs;  // all required, but for `act`
+    Arrays arrays;
+    std::vector<const char*> attrs;  // all required, but for `act`; where that is, `alpha` and `beta` may be too
 };
 
 const OpSchema* find_op(const std::string& name);                            // null where there is none

@@ -13,6 +13,7 @@
 
 namespace sparseprune {
 
+constexpr int kMaxRank = 8;
 using Shape = std::vector<int64_t>;
 std::string to_string(const Shape& shape);  // "(1, 3, 32, 32)"
 
@@ -101,6 +102,11 @@ struct Graph {
     std::vector<Tuned> tuned;
     int value_count() const { return static_cast<int>(inputs.size() + nodes.size()); }
 };
+
+struct SliceRange {
+    int64_t start, count;
+};
+SliceRange slice_range(const Node& node, int64_t size);  // what a slice takes of a dimension of this size
 
 // The shape of every value for these input shapes. Throws ValueError naming input or layer, what was expected, what came.
 // Every extent is in [1, 2^31), every product of a shape in [1, 2^40).

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <locale>
+#include <sstream>
 
 #include "errors.h"
 
@@ -127,9 +129,19 @@ private:
             digits();
         }
         if (at_ != last)
-            json.value = Json::Real{};
+            json.value = Json::Real{real(text_.substr(begin, at_ - begin))};
         else
             json.value = integer(text_.substr(first, last - first), negative, begin);
+    }
+
+    // A stream of the classic locale: strtod reads the program's locale, and std::from_chars is missing from older compilers.
+    // Beyond a double's range it gives the largest one, which no attribute takes.
+    static double real(std::string_view text) {
+        std::istringstream stream{std::string(text)};
+        stream.imbue(std::locale::classic());
+        double value = 0;
+        stream >> value;
+        return value;
     }
 
     // Counted downwards, since the lowest int64 has no positive.
@@ -258,6 +270,11 @@ void Json::check_keys(std::initializer_list<std::string_view> required,
         if (!contains(required, member.key) && !contains(optional, member.key))
             fail(message("unknown key '", member.key, "'"));
     for (const auto key : required) at(key);
+}
+
+double Json::number() const {
+    if (const auto* whole = std::get_if<int64_t>(&value)) return static_cast<double>(*whole);
+    return get<Real>("a number").value;
 }
 
 void Json::fail(const std::string& problem) const { fail_at(begin, problem); }

@@ -12,13 +12,16 @@ namespace sparseprune {
 class Json {
 public:
     struct Member;
-    struct Real {};  // a number with a fraction or an exponent: valid JSON, but no field of a program takes one
+    struct Real {  // a number with a fraction or an exponent
+        double value = 0;
+    };
     using Array = std::vector<Json>;
     using Object = std::vector<Member>;
 
     // Each throws FormatError with the offset where the value is of another kind.
     bool boolean() const { return get<bool>("a boolean"); }
     int64_t integer() const { return get<int64_t>("an integer"); }
+    double number() const;  // an integer or a real
     const std::string& string() const { return get<std::string>("a string"); }
     const Array& array() const { return get<Array>("an array"); }
     const Object& object() const { return get<Object>("an object"); }

@@ -6,6 +6,12 @@ namespace sparseprune {
 namespace {
 
 void set_sizes(Layout& l, const Shape& shape) {
+    if (shape.size() < 2 || shape.size() > 4) {
+        l.n = shape.size() == 1 ? 1 : shape[0];
+        l.c = l.h = l.w = 1;
+        for (size_t d = shape.size() == 1 ? 0 : 1; d < shape.size(); ++d) l.c *= shape[d];
+        return;
+    }
     l.n = shape[0];
     l.c = shape[1];
     l.h = shape.size() == 4 ? shape[2] : 1;
@@ -56,6 +62,15 @@ void zero_margins(const Layout& l, float* data, int64_t begin, int64_t end) {
     const int64_t gap = l.margin * l.pitch;
     for (int64_t c = begin; c < end; ++c)
         for (int64_t n = 0; n <= l.n; ++n) std::fill_n(data + c * l.plane + n * l.image, gap, 0.0f);
+}
+
+void zero_rest(const Layout& l, float* data, int64_t begin, int64_t end) {
+    if (l.kind != LayoutKind::rows) return;
+    if (l.pitch != l.w)
+        for (int64_t c = begin; c < end; ++c)
+            for (int64_t n = 0; n < l.n; ++n)
+                for (int64_t y = 0; y < l.h; ++y) std::fill_n(data + l.at(n, c, y) + l.w, l.pitch - l.w, 0.0f);
+    zero_margins(l, data, begin, end);
 }
 
 }  // namespace sparseprune

@@ -30,13 +30,16 @@ struct Layout {
 
 constexpr int64_t kFewImages = 8;  // below this a value of one pixel is packed, and linear layers are dot products
 
-// shape: (N, C), (N, C, L) or (N, C, H, W)
+// shape: (N, C), (N, C, L) or (N, C, H, W); an external one may have any rank: then (first, the rest) stands for it
 Layout external_layout(const Shape& shape);
 Layout internal_layout(const Shape& shape, int64_t margin, bool may_pack);
 Layout make_layout(LayoutKind kind, const Shape& shape, int64_t margin);
 
 // Zeroes what is neither pixel nor lane of a pixel's vector, for channels [begin, end): kernels write only vectors.
 void zero_margins(const Layout& layout, float* data, int64_t begin, int64_t end);
+
+// The same, and the lanes behind each row: for steps that write elements only.
+void zero_rest(const Layout& layout, float* data, int64_t begin, int64_t end);
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 // An odd number of cache lines: planes of a power of two would all fall into one cache set.

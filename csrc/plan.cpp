@@ -1,326 +1,326 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <chrono>
 
 #include "errors.h"
 #include "parallel.h"
-#include "steps.h"
+#include "plan_builder.h"
 
 namespace sparseprune {
 
-// Where a pointer comes from at run time.
-struct Ref {
-    enum Kind { none, input, output, buffer } kind = none;
-    int index = -1;
-};
-
-// Turns the graph into steps, layer by layer.
-class PlanBuilder {
-public:
-    PlanBuilder(Plan& plan, const Choices& wanted) : plan_(plan), graph_(*plan.graph_), wanted_(wanted) {}
-
-    void build() {
-        choose_margins();
-        for (size_t i = 0; i < graph_.inputs.size(); ++i)
-            values_.push_back({external_layout(plan_.shapes_[i]), {Ref::input, static_cast<int>(i)}});
-        for (size_t i = 0; i < graph_.nodes.size(); ++i) {
-            node_ = static_cast<int>(i);
-            value_ = static_cast<int>(graph_.inputs.size() + i);
-            values_.push_back(build_node(graph_.nodes[i]));
-        }
-        for (size_t i = 0; i < graph_.outputs.size(); ++i) {
-            const Value& v = values_[static_cast<size_t>(graph_.outputs[i])];
-            node_ = std::max(0, graph_.outputs[i] - static_cast<int>(graph_.inputs.size()));
-            const Shape& shape = plan_.shapes_[static_cast<size_t>(graph_.outputs[i])];
-            copy_to(v, external_layout(shape), {Ref::output, static_cast<int>(i)});
-        }
-        plan_.arena_floats_ = place_buffers(plan_.buffers_, plan_.options_.guarded);
+const float* PlanBuilder::Pointers::in(const Run& run, Ref r) const {
+    switch (r.kind) {
+        case Ref::none: return nullptr;
+        case Ref::input: return run.inputs[r.index] + r.offset;
+        case Ref::constant: return plan->graph_->nodes[static_cast<size_t>(r.index)].bias->data() + r.offset;
+        case Ref::output:
+        case Ref::buffer: break;
     }
+    return out(run, r);
+}
 
-private:
-    struct Value {
-        Layout layout;
-        Ref ref;
-    };
+float* PlanBuilder::Pointers::out(const Run& run, Ref r) const {
+    return (r.kind == Ref::output ? run.outputs[r.index] : run.arena + plan->buffers_[static_cast<size_t>(r.index)].offset) + r.offset;
+}
 
-    const Kernels& kernels() const { return *plan_.options_.kernels; }
-    int threads() const { return plan_.options_.threads; }
-    const Shape& shape_of(int value) const { return plan_.shapes_[static_cast<size_t>(value)]; }
+void PlanBuilder::build() {
+    choose_margins();
+    place_in_concats();
+    for (size_t i = 0; i < graph_.inputs.size(); ++i)
+        values_.push_back({external_layout(plan_.shapes_[i]), {Ref::input, static_cast<int>(i)}});
+    for (size_t i = 0; i < graph_.nodes.size(); ++i) {
+        node_ = static_cast<int>(i);
+        value_ = static_cast<int>(graph_.inputs.size() + i);
+        values_.push_back(build_node(graph_.nodes[i]));
+    }
+    for (size_t i = 0; i < graph_.outputs.size(); ++i) {
+        const Value& v = values_[static_cast<size_t>(graph_.outputs[i])];
+        node_ = std::max(0, graph_.outputs[i] - static_cast<int>(graph_.inputs.size()));
+        const Shape& shape = plan_.shapes_[static_cast<size_t>(graph_.outputs[i])];
+        copy_to(v, shape, external_layout(shape), {Ref::output, static_cast<int>(i)});
+    }
+    plan_.arena_floats_ = place_buffers(plan_.buffers_, plan_.options_.guarded);
+}
 
-    // All values of one size share their rows of zeros, so that adds and residuals see equal layouts.
-    void choose_margins() {
-        for (size_t i = 0; i < graph_.nodes.size(); ++i) {
-            const Node& node = graph_.nodes[i];
-            if (node.op != Op::conv) continue;
-            const Shape& in = shape_of(node.inputs[0]);
-            const int64_t m = direct_margin(node, in, shape_of(static_cast<int>(graph_.inputs.size() + i)));
-            if (m > 0) {
-                int64_t& margin = margins_[{in[2], in[3]}];
-                margin = std::max(margin, m);
-            }
+// All values of one size share their rows of zeros, so that adds and residuals see equal layouts.
+void PlanBuilder::choose_margins() {
+    for (size_t i = 0; i < graph_.nodes.size(); ++i) {
+        const Node& node = graph_.nodes[i];
+        if (node.op != Op::conv) continue;
+        const Shape& in = shape_of(node.inputs[0]);
+        const int64_t m = direct_margin(node, in, shape_of(static_cast<int>(graph_.inputs.size() + i)));
+        if (m > 0) {
+            int64_t& margin = margins_[{in[2], in[3]}];
+            margin = std::max(margin, m);
         }
     }
+}
 
-    Layout layout_of(const Shape& shape, bool may_pack) const {
-        const int64_t w = shape.size() > 2 ? shape.back() : 1, h = shape.size() == 4 ? shape[2] : 1;
-        const auto found = margins_.find({h, w});
-        return internal_layout(shape, found == margins_.end() ? 0 : found->second, may_pack);
-    }
+Layout PlanBuilder::layout_of(const Shape& shape, bool may_pack) const {
+    const int64_t w = shape.size() > 2 ? shape.back() : 1, h = shape.size() == 4 ? shape[2] : 1;
+    const auto found = margins_.find({h, w});
+    return internal_layout(shape, found == margins_.end() ? 0 : found->second, may_pack);
+}
 
-    Ref new_buffer(int64_t floats) {
-        const int step = static_cast<int>(plan_.steps_.size());
-        plan_.buffers_.push_back({floats, step, step});
-        return {Ref::buffer, static_cast<int>(plan_.buffers_.size()) - 1};
-    }
+Ref PlanBuilder::new_buffer(int64_t floats) {
+    const int step = static_cast<int>(plan_.steps_.size());
+    plan_.buffers_.push_back({floats, step, step});
+    return {Ref::buffer, static_cast<int>(plan_.buffers_.size()) - 1};
+}
 
-    void add_step(std::initializer_list<Ref> used, std::function<void(const Run&, int)> body) {
-        const int step = static_cast<int>(plan_.steps_.size());
-        for (const Ref& r : used)
-            if (r.kind == Ref::buffer) plan_.buffers_[static_cast<size_t>(r.index)].last_step = step;
-        plan_.steps_.push_back({node_, std::move(body)});
-    }
+void PlanBuilder::add_step(const std::vector<Ref>& used, Body body) {
+    const int step = static_cast<int>(plan_.steps_.size());
+    for (const Ref& r : used)
+        if (r.kind == Ref::buffer) plan_.buffers_[static_cast<size_t>(r.index)].last_step = step;
+    plan_.steps_.push_back({node_, std::move(body)});
+}
 
-    // The pointer of a reference; captured by value in every step.
-    struct Pointers {
-        const Plan* plan;
-        const float* in(const Run& run, Ref r) const {
-            if (r.kind == Ref::none) return nullptr;
-            return r.kind == Ref::input ? run.inputs[r.index] : out(run, r);
-        }
-        float* out(const Run& run, Ref r) const {
-            return r.kind == Ref::output ? run.outputs[r.index] : run.arena + plan->buffers_[static_cast<size_t>(r.index)].offset;
-        }
-    };
-    Pointers pointers() const { return {&plan_}; }
-
-    Value copy_to(const Value& from, const Layout& to, Ref ref) {
-        const auto ptr = pointers();
+PlanBuilder::Value PlanBuilder::copy_to(const Value& from, const Shape& shape, const Layout& to, Ref ref) {
+    const auto ptr = pointers();
+    if (from.layout.same_as(to) && to.kind == LayoutKind::external) {
+        add_step({from.ref, ref}, [ptr, from, ref, size = to.size(), count = threads()](const Run& run, int id) {
+            const Part part{id, count};
+            std::copy(ptr.in(run, from.ref) + part.begin(size), ptr.in(run, from.ref) + part.end(size), ptr.out(run, ref) + part.begin(size));
+        });
+    } else if (to.h * to.w == 1 && to.n > 1) {  // a transposition
+        add_step({from.ref, ref}, [ptr, from, a = strided(from.layout, shape), b = strided(to, shape), to, ref, count = threads()](
+                                      const Run& run, int id) {
+            copy_strided(a, ptr.in(run, from.ref), b, ptr.out(run, ref), {id, count});
+            zero_rest(to, ptr.out(run, ref), Part{id, count}.begin(to.c), Part{id, count}.end(to.c));
+        });
+    } else {
         add_step({from.ref, ref}, [ptr, from, to, ref, k = &kernels(), count = threads()](const Run& run, int id) {
             copy_value(*k, from.layout, ptr.in(run, from.ref), to, ptr.out(run, ref), {id, count});
         });
-        return {to, ref};
     }
+    return {to, ref};
+}
 
-    // The value in exactly this layout, copied where it is not.
-    Value in_layout(const Value& v, const Layout& wanted) {
-        if (v.layout.same_as(wanted)) return v;
-        return copy_to(v, wanted, new_buffer(wanted.size()));
+// The value in exactly this layout, copied where it is not.
+PlanBuilder::Value PlanBuilder::in_layout(const Value& v, const Shape& shape, const Layout& wanted) {
+    if (v.layout.same_as(wanted)) return v;
+    return copy_to(v, shape, wanted, new_buffer(wanted.size()));
+}
+
+PlanBuilder::Value PlanBuilder::build_node(const Node& node) {
+    switch (node.op) {
+        case Op::conv:
+        case Op::linear: return build_conv(node);
+        case Op::add: return build_add(node);
+        case Op::sub:
+        case Op::mul:
+        case Op::div:
+        case Op::maximum:
+        case Op::minimum: return build_binary(node);
+        case Op::act: return build_activation(node);
+        case Op::prelu: return build_prelu(node);
+        case Op::flatten: return build_flatten(node);
+        case Op::constant: return {external_layout(shape()), {Ref::constant, node_}};
+        case Op::reshape: return build_reshape(node);
+        case Op::permute: return build_permute(node);
+        case Op::expand: return build_expand(node);
+        case Op::slice: return build_slice(node);
+        case Op::index_select:
+        case Op::roll:
+        case Op::channel_shuffle:
+        case Op::pad: return build_mapped(node);
+        case Op::concat: return build_concat(node);
+        case Op::resize: return build_resize(node);
+        case Op::pixel_shuffle: return build_pixel_shuffle(node);
+        case Op::reduce: return build_reduce(node);
+        case Op::softmax: return build_softmax(node);
+        case Op::layer_norm:
+        case Op::group_norm: return build_norm(node);
+        case Op::matmul: return build_matmul(node);
+        case Op::max_pool:
+        case Op::avg_pool: return build_pool(node);
+        case Op::adaptive_avg_pool:
+        case Op::adaptive_max_pool: return build_adaptive(node);
     }
+    throw ValueError("op is unknown");
+}
 
-    Value build_node(const Node& node) {
-        switch (node.op) {
-            case Op::conv:
-            case Op::linear: return build_conv(node);
-            case Op::add:
-            case Op::act: return build_add(node);
-            case Op::flatten: return build_flatten(node);
-            case Op::max_pool:
-            case Op::avg_pool: return build_pool(node);
-            case Op::adaptive_avg_pool:
-            case Op::adaptive_max_pool: return build_adaptive(node);
+PlanBuilder::Value PlanBuilder::build_flatten(const Node& node) {
+    const Value a = input(node, 0);
+    if (a.layout.kind == LayoutKind::external) return {external_layout(shape()), a.ref};
+    const Layout out = layout_of(shape(), true);
+    if (a.layout.h * a.layout.w == 1 && a.layout.same_as(out)) return a;
+    const Ref ref = new_buffer(out.size());
+    const auto ptr = pointers();
+    add_step({a.ref, ref}, [ptr, a, out, ref, count = threads()](const Run& run, int id) {
+        flatten_value(a.layout, ptr.in(run, a.ref), out, ptr.out(run, ref), {id, count});
+    });
+    return {out, ref};
+}
+
+PlanBuilder::Value PlanBuilder::build_pool(const Node& node) {
+    const Value a = input(node, 0);
+    const Layout out = layout_of(shape_of(value_), true);
+    const Ref ref = output_buffer(out);
+    const int64_t line = pool_line(node, a.layout, out);
+    const Ref scratch = new_buffer(line * threads());
+    const auto ptr = pointers();
+    add_step({a.ref, ref, scratch}, [ptr, a, out, ref, scratch, line, n = &node, k = &kernels(), count = threads()](
+                                        const Run& run, int id) {
+        pool_value(*k, *n, a.layout, ptr.in(run, a.ref), out, ptr.out(run, ref), ptr.out(run, scratch) + id * line, {id, count});
+    });
+    return {out, ref};
+}
+
+PlanBuilder::Value PlanBuilder::build_adaptive(const Node& node) {
+    const Value a = input(node, 0);
+    const Layout out = layout_of(shape_of(value_), true);
+    const Ref ref = output_buffer(out);
+    const auto ptr = pointers();
+    add_step({a.ref, ref}, [ptr, a, out, ref, n = &node, k = &kernels(), count = threads()](const Run& run, int id) {
+        adaptive_pool_value(*k, *n, a.layout, ptr.in(run, a.ref), out, ptr.out(run, ref), {id, count});
+    });
+    return {out, ref};
+}
+
+bool PlanBuilder::is_dot(const Node& node, const Layout& in) const {
+    const Shape& out = shape_of(value_);
+    if (in.n >= kFewImages || in.h * in.w != 1 || node.groups != 1) return false;
+    if (node.op == Op::linear) return true;
+    return out.back() == 1 && out[out.size() - 2 + (out.size() == 3 ? 1 : 0)] == 1 && node.window.kernel[0] == 1 &&
+           node.window.kernel[1] == 1 && node.window.padding == std::array<int64_t, 4>{0, 0, 0, 0};
+}
+
+PlanBuilder::Value PlanBuilder::build_conv(const Node& node) {
+    const Weight& weight = graph_.weights[static_cast<size_t>(node.weight)];
+    if (is_dot(node, input(node, 0).layout)) return build_dot(node, weight);
+    const Layout out = layout_of(shape_of(value_), false);
+    Value x = input(node, 0);
+    // n >= kFewImages linear: features as planes
+    if (node.op == Op::linear) x = in_layout(x, input_shape(node, 0), make_layout(LayoutKind::flat, shape_of(node.inputs[0]), 0));
+    const ConvShape conv = conv_shape(node, x.layout, out);
+    const auto plan = std::make_shared<const ConvPlan>(plan_conv(conv, weight, choose(conv, weight), kernels()));
+    plan_.weight_bytes_ += plan->weight.bytes();
+    Value residual = node.inputs.size() > 1 ? in_layout(input(node, 1), shape(), out) : Value{out, {}};
+    const Ref ref = output_buffer(out);
+    if (plan->choice.form == Form::phases || plan->choice.form == Form::halo) x = add_copy(plan, x);
+    if (plan->choice.form == Form::panel) {
+        const Ref panel = new_buffer(plan->packed_floats);
+        for (size_t chunk = 0; chunk + 1 < plan->chunk_tiles.size(); ++chunk) {
+            add_panel(plan, chunk, x, panel);
+            add_multiply(node, plan, chunk, {x.layout, panel}, residual, ref);
         }
-        throw ValueError("op is unknown");
+    } else {
+        add_multiply(node, plan, 0, x, residual, ref);
     }
+    return {out, ref};
+}
 
-    const Value& input(const Node& node, size_t i) const { return values_[static_cast<size_t>(node.inputs[i])]; }
+Choice PlanBuilder::choose(const ConvShape& shape, const Weight& weight) {
+    const size_t node = static_cast<size_t>(node_);
+    const int64_t total = weight.rows() * weight.cols();
+    const int64_t kept = weight.sparse ? weight.sparse->kept() : total;
+    plan_.candidates_[node] = conv_choices(shape, static_cast<double>(kept) / static_cast<double>(total), kernels());
+    Choice choice = plan_.candidates_[node][0];
+    if (node < wanted_.size() && wanted_[node] && may_take(shape, *wanted_[node])) choice = fitting(shape, *wanted_[node]);
+    plan_.choices_[node] = choice;
+    return choice;
+}
 
-    Value build_add(const Node& node) {
-        const Value a = input(node, 0), b = node.inputs.size() > 1 ? input(node, 1) : Value{a.layout, {}};
-        const Layout out = layout_of(shape_of(value_), true);
-        const Ref ref = new_buffer(out.size());
-        const auto ptr = pointers();
-        add_step({a.ref, b.ref, ref}, [ptr, a, b, out, ref, act = kernel_act(node.act), k = &kernels(), count = threads()](
-                                          const Run& run, int id) {
-            add_values(*k, a.layout, ptr.in(run, a.ref), b.layout, ptr.in(run, b.ref), out, ptr.out(run, ref), act, {id, count});
-        });
-        return {out, ref};
-    }
+// A wanted choice is a hint: from a file, or tuned for another shape. Only what this layer would offer itself is taken.
+bool PlanBuilder::may_take(const ConvShape& shape, const Choice& wanted) const {
+    if (plan_.options_.any_choice) return choice_fits(shape, wanted, kernels());
+    for (const Choice& c : plan_.candidates_[static_cast<size_t>(node_)])
+        if (c.form == wanted.form && c.kind == wanted.kind) return true;
+    return false;
+}
 
-    Value build_flatten(const Node& node) {
-        const Value a = input(node, 0);
-        Layout out = layout_of(shape_of(value_), true);
-        if (a.layout.h * a.layout.w == 1 && a.layout.same_as(out)) return a;
-        const Ref ref = new_buffer(out.size());
-        const auto ptr = pointers();
-        add_step({a.ref, ref}, [ptr, a, out, ref, count = threads()](const Run& run, int id) {
-            flatten_value(a.layout, ptr.in(run, a.ref), out, ptr.out(run, ref), {id, count});
-        });
-        return {out, ref};
-    }
+// Keeps form and kind, which settle the rounding, and takes the nearest tile that this shape allows.
+Choice PlanBuilder::fitting(const ConvShape& shape, Choice wanted) {
+    const std::vector<int> counts = vector_counts(shape, wanted.form, wanted.kind, kernels());
+    int best = counts[0];
+    for (int c : counts)
+        if (std::abs(c - wanted.vectors) < std::abs(best - wanted.vectors)) best = c;
+    wanted.vectors = best;
+    return wanted;
+}
 
-    Value build_pool(const Node& node) {
-        const Value a = input(node, 0);
-        const Layout out = layout_of(shape_of(value_), true);
-        const Ref ref = new_buffer(out.size());
-        const int64_t line = pool_line(node, a.layout, out);
-        const Ref scratch = new_buffer(line * threads());
-        const auto ptr = pointers();
-        add_step({a.ref, ref, scratch}, [ptr, a, out, ref, scratch, line, n = &node, k = &kernels(), count = threads()](
-                                            const Run& run, int id) {
-            pool_value(*k, *n, a.layout, ptr.in(run, a.ref), out, ptr.out(run, ref), ptr.out(run, scratch) + id * line, {id, count});
-        });
-        return {out, ref};
-    }
+PlanBuilder::Value PlanBuilder::add_copy(const std::shared_ptr<const ConvPlan>& plan, const Value& x) {
+    const Ref ref = new_buffer(plan->packed_floats);
+    const auto ptr = pointers();
+    add_step({x.ref, ref}, [ptr, plan, x, ref, k = &kernels(), count = threads()](const Run& run, int id) {
+        copy_phases(*k, *plan, ptr.in(run, x.ref), ptr.out(run, ref), {id, count});
+    });
+    return {x.layout, ref};
+}
 
-    Value build_adaptive(const Node& node) {
-        const Value a = input(node, 0);
-        const Layout out = layout_of(shape_of(value_), true);
-        const Ref ref = new_buffer(out.size());
-        const auto ptr = pointers();
-        add_step({a.ref, ref}, [ptr, a, out, ref, n = &node, k = &kernels(), count = threads()](const Run& run, int id) {
-            adaptive_pool_value(*k, *n, a.layout, ptr.in(run, a.ref), out, ptr.out(run, ref), {id, count});
-        });
-        return {out, ref};
-    }
+void PlanBuilder::add_panel(const std::shared_ptr<const ConvPlan>& plan, size_t chunk, const Value& x, Ref panel) {
+    const auto ptr = pointers();
+    add_step({x.ref, panel}, [ptr, plan, chunk, x, panel, k = &kernels(), count = threads()](const Run& run, int id) {
+        fill_panel(*k, *plan, chunk, ptr.in(run, x.ref), ptr.out(run, panel), {id, count});
+    });
+}
 
-    bool is_dot(const Node& node, const Layout& in) const {
-        const Shape& out = shape_of(value_);
-        if (in.n >= kFewImages || in.h * in.w != 1 || node.groups != 1) return false;
-        if (node.op == Op::linear) return true;
-        return out.back() == 1 && out[out.size() - 2 + (out.size() == 3 ? 1 : 0)] == 1 && node.window.kernel[0] == 1 &&
-               node.window.kernel[1] == 1 && node.window.padding == std::array<int64_t, 4>{0, 0, 0, 0};
-    }
+void PlanBuilder::add_multiply(const Node& node, const std::shared_ptr<const ConvPlan>& plan, size_t chunk, const Value& packed,
+                  const Value& residual, Ref ref) {
+    const auto ptr = pointers();
+    const std::vector<Share> shares = share_work(*plan, chunk, threads());
+    const float* bias = node.bias ? node.bias->data() : nullptr;
+    const bool first = chunk == 0;
+    add_step({packed.ref, residual.ref, ref}, [=, act = node.act, k = &kernels(), count = threads()](
+                                                  const Run& run, int id) {
+        float* out = ptr.out(run, ref);
+        const Layout& layout = plan->shape.out;
+        const Part part{id, count};
+        if (first) zero_margins(layout, out, part.begin(layout.c), part.end(layout.c));
+        multiply_and_activate(*k, *plan, shares[static_cast<size_t>(id)], ptr.in(run, packed.ref), bias, ptr.in(run, residual.ref), out, act);
+    });
+}
 
-    Value build_conv(const Node& node) {
-        const Weight& weight = graph_.weights[static_cast<size_t>(node.weight)];
-        if (is_dot(node, input(node, 0).layout)) return build_dot(node, weight);
-        const Layout out = layout_of(shape_of(value_), false);
-        Value x = input(node, 0);
-        // n >= kFewImages linear: features as planes
-        if (node.op == Op::linear) x = in_layout(x, make_layout(LayoutKind::flat, shape_of(node.inputs[0]), 0));
-        const ConvShape shape = conv_shape(node, x.layout, out);
-        const auto plan = std::make_shared<const ConvPlan>(plan_conv(shape, weight, choose(shape, weight), kernels()));
-        plan_.weight_bytes_ += plan->weight.bytes();
-        Value residual = node.inputs.size() > 1 ? in_layout(input(node, 1), out) : Value{out, {}};
-        const Ref ref = new_buffer(out.size());
-        if (plan->choice.form == Form::phases || plan->choice.form == Form::halo) x = add_copy(plan, x);
-        if (plan->choice.form == Form::panel) {
-            const Ref panel = new_buffer(plan->packed_floats);
-            for (size_t chunk = 0; chunk + 1 < plan->chunk_tiles.size(); ++chunk) {
-                add_panel(plan, chunk, x, panel);
-                add_multiply(node, plan, chunk, {x.layout, panel}, residual, ref);
-            }
-        } else {
-            add_multiply(node, plan, 0, x, residual, ref);
-        }
-        return {out, ref};
-    }
-
-    Choice choose(const ConvShape& shape, const Weight& weight) {
-        const size_t node = static_cast<size_t>(node_);
-        const int64_t total = weight.rows() * weight.cols();
-        const int64_t kept = weight.sparse ? weight.sparse->kept() : total;
-        plan_.candidates_[node] = conv_choices(shape, static_cast<double>(kept) / static_cast<double>(total), kernels());
-        Choice choice = plan_.candidates_[node][0];
-        if (node < wanted_.size() && wanted_[node] && may_take(shape, *wanted_[node])) choice = fitting(shape, *wanted_[node]);
-        plan_.choices_[node] = choice;
-        return choice;
-    }
-
-    // A wanted choice is a hint: from a file, or tuned for another shape. Only what this layer would offer itself is taken.
-    bool may_take(const ConvShape& shape, const Choice& wanted) const {
-        if (plan_.options_.any_choice) return choice_fits(shape, wanted, kernels());
-        for (const Choice& c : plan_.candidates_[static_cast<size_t>(node_)])
-            if (c.form == wanted.form && c.kind == wanted.kind) return true;
-        return false;
-    }
-
-    // Keeps form and kind, which settle the rounding, and takes the nearest tile that this shape allows.
-    Choice fitting(const ConvShape& shape, Choice wanted) {
-        const std::vector<int> counts = vector_counts(shape, wanted.form, wanted.kind, kernels());
-        int best = counts[0];
-        for (int c : counts)
-            if (std::abs(c - wanted.vectors) < std::abs(best - wanted.vectors)) best = c;
-        wanted.vectors = best;
-        return wanted;
-    }
-
-    Value add_copy(const std::shared_ptr<const ConvPlan>& plan, const Value& x) {
-        const Ref ref = new_buffer(plan->packed_floats);
-        const auto ptr = pointers();
-        add_step({x.ref, ref}, [ptr, plan, x, ref, k = &kernels(), count = threads()](const Run& run, int id) {
-            copy_phases(*k, *plan, ptr.in(run, x.ref), ptr.out(run, ref), {id, count});
-        });
-        return {x.layout, ref};
-    }
-
-    void add_panel(const std::shared_ptr<const ConvPlan>& plan, size_t chunk, const Value& x, Ref panel) {
-        const auto ptr = pointers();
-        add_step({x.ref, panel}, [ptr, plan, chunk, x, panel, k = &kernels(), count = threads()](const Run& run, int id) {
-            fill_panel(*k, *plan, chunk, ptr.in(run, x.ref), ptr.out(run, panel), {id, count});
-        });
-    }
-
-    void add_multiply(const Node& node, const std::shared_ptr<const ConvPlan>& plan, size_t chunk, const Value& packed,
-                      const Value& residual, Ref ref) {
-        const auto ptr = pointers();
-        const std::vector<Share> shares = share_work(*plan, chunk, threads());
-        const float* bias = node.bias ? node.bias->data() : nullptr;
-        const bool first = chunk == 0;
-        add_step({packed.ref, residual.ref, ref}, [=, act = kernel_act(node.act), k = &kernels(), count = threads()](
-                                                      const Run& run, int id) {
-            float* out = ptr.out(run, ref);
-            const Layout& layout = plan->shape.out;
-            const Part part{id, count};
-            if (first) zero_margins(layout, out, part.begin(layout.c), part.end(layout.c));
-            multiply(*k, *plan, shares[static_cast<size_t>(id)], ptr.in(run, packed.ref), bias, ptr.in(run, residual.ref), out, act);
-        });
-    }
-
-    // One dot product for each image and output: the weight is read once for each image, the input stays in the cache.
-    Value build_dot(const Node& node, const Weight& weight) {
-        const Layout out = make_layout(LayoutKind::packed, shape_of(value_), 0);
-        Value x = input(node, 0);
-        if (x.layout.plane != 1) x = in_layout(x, make_layout(LayoutKind::packed, shape_of(node.inputs[0]), 0));
-        const Value residual = node.inputs.size() > 1 ? in_layout(input(node, 1), out) : Value{out, {}};
-        const Ref ref = new_buffer(out.size());
-        auto csr = std::make_shared<const Csr>(weight.sparse ? to_csr(*weight.sparse) : Csr{});
-        plan_.choices_[static_cast<size_t>(node_)] = Choice{Form::dot, weight.sparse ? WeightKind::single : WeightKind::dense, 1};
-        plan_.weight_bytes_ += static_cast<int64_t>(csr->value.size() * 8);
-        const auto ptr = pointers();
-        const std::vector<int64_t> cuts = dot_cuts(weight, *csr);
-        add_step({x.ref, residual.ref, ref}, [=, act = kernel_act(node.act), k = &kernels(), w = &weight,
-                                              bias = node.bias ? node.bias->data() : nullptr](const Run& run, int id) {
-            const float* in = ptr.in(run, x.ref);
-            const float* res = ptr.in(run, residual.ref);
-            float* to = ptr.out(run, ref);
-            const int64_t begin = cuts[static_cast<size_t>(id)], end = cuts[static_cast<size_t>(id) + 1];
-            for (int64_t n = 0; n < out.n; ++n) {
-                const float* r = res ? res + n * out.image : nullptr;
-                if (w->sparse) {
-                    k->dot_sparse(csr->row_start.data(), csr->col.data(), csr->value.data(), in + n * x.layout.image, begin, end, bias,
-                                  r, to + n * out.image, act);
-                } else {
-                    k->dot_dense(w->dense->data(), w->cols(), in + n * x.layout.image, begin, end, bias, r, to + n * out.image, act);
-                }
-            }
-        });
-        return {out, ref};
-    }
-
-    std::vector<int64_t> dot_cuts(const Weight& weight, const Csr& csr) const {
-        std::vector<int64_t> cuts{0};
-        const int64_t rows = weight.rows();
-        int64_t row = 0;
-        for (int t = 1; t < threads(); ++t) {
-            if (weight.sparse) {
-                while (row < rows && csr.row_start[static_cast<size_t>(row)] < csr.row_start[static_cast<size_t>(rows)] * t / threads()) ++row;
+// One dot product for each image and output: the weight is read once for each image, the input stays in the cache.
+PlanBuilder::Value PlanBuilder::build_dot(const Node& node, const Weight& weight) {
+    const Layout out = make_layout(LayoutKind::packed, shape_of(value_), 0);
+    Value x = input(node, 0);
+    if (x.layout.plane != 1) x = in_layout(x, input_shape(node, 0), make_layout(LayoutKind::packed, shape_of(node.inputs[0]), 0));
+    const Value residual = node.inputs.size() > 1 ? in_layout(input(node, 1), shape(), out) : Value{out, {}};
+    const Ref ref = new_buffer(out.size());
+    auto csr = std::make_shared<const Csr>(weight.sparse ? to_csr(*weight.sparse) : Csr{});
+    plan_.choices_[static_cast<size_t>(node_)] = Choice{Form::dot, weight.sparse ? WeightKind::single : WeightKind::dense, 1};
+    plan_.weight_bytes_ += static_cast<int64_t>(csr->value.size() * 8);
+    const auto ptr = pointers();
+    const std::vector<int64_t> cuts = dot_cuts(weight, *csr);
+    add_step({x.ref, residual.ref, ref}, [=, act = node.act, k = &kernels(), w = &weight,
+                                          bias = node.bias ? node.bias->data() : nullptr](const Run& run, int id) {
+        const float* in = ptr.in(run, x.ref);
+        const float* res = ptr.in(run, residual.ref);
+        float* to = ptr.out(run, ref);
+        const int64_t begin = cuts[static_cast<size_t>(id)], end = cuts[static_cast<size_t>(id) + 1];
+        const Activation fused = act.fits_epilogue() ? act : Activation{};
+        for (int64_t n = 0; n < out.n; ++n) {
+            const float* r = res ? res + n * out.image : nullptr;
+            if (w->sparse) {
+                k->dot_sparse(csr->row_start.data(), csr->col.data(), csr->value.data(), in + n * x.layout.image, begin, end, bias,
+                              r, to + n * out.image, fused);
             } else {
-                row = rows * t / threads();
+                k->dot_dense(w->dense->data(), w->cols(), in + n * x.layout.image, begin, end, bias, r, to + n * out.image, fused);
             }
-            cuts.push_back(row);
+            if (!act.fits_epilogue()) k->act_row(to + n * out.image + begin, to + n * out.image + begin, end - begin, act);
         }
-        cuts.push_back(rows);
-        return cuts;
-    }
+    });
+    return {out, ref};
+}
 
-    Plan& plan_;
-    const Graph& graph_;
-    const Choices& wanted_;
-    std::vector<Value> values_;
-    std::map<std::pair<int64_t, int64_t>, int64_t> margins_;
-    int node_ = 0, value_ = 0;
-};
+std::vector<int64_t> PlanBuilder::dot_cuts(const Weight& weight, const Csr& csr) const {
+    std::vector<int64_t> cuts{0};
+    const int64_t rows = weight.rows();
+    int64_t row = 0;
+    for (int t = 1; t < threads(); ++t) {
+        if (weight.sparse) {
+            while (row < rows && csr.row_start[static_cast<size_t>(row)] < csr.row_start[static_cast<size_t>(rows)] * t / threads()) ++row;
+        } else {
+            row = rows * t / threads();
+        }
+        cuts.push_back(row);
+    }
+    cuts.push_back(rows);
+    return cuts;
+}
 
 Plan::Plan(std::shared_ptr<const Graph> graph, std::vector<Shape> inputs, const PlanOptions& options, const Choices& wanted)
     : graph_(std::move(graph)), inputs_(std::move(inputs)), options_(options) {

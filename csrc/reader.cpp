@@ -1,6 +1,7 @@
 // From the graph's JSON and the container's arrays to a Graph in which every number was checked.
 #include "reader.h"
 
+#include <algorithm>
 #include <limits>
 #include <set>
 #include <utility>
@@ -14,7 +15,7 @@ namespace sparseprune {
 namespace {
 
 constexpr int64_t max_extent = std::numeric_limits<int32_t>::max();
-constexpr size_t max_input_rank = 4;
+constexpr size_t max_input_rank = 8;
 
 // Runs `read`; whatever is wrong in there is the file's fault, and is said of `what`.
 template <class Read>
@@ -45,8 +46,8 @@ Input read_input(const Json& json) {
     Input input;
     input.name = json.at("name").string();
     const auto& shape = json.at("shape");
-    if (shape.array().size() < 2 || shape.array().size() > max_input_rank)
-        shape.fail(message("the shape has ", shape.array().size(), " dimensions, expected 2 to ", max_input_rank));
+    if (shape.array().empty() || shape.array().size() > max_input_rank)
+        shape.fail(message("the shape has ", shape.array().size(), " dimensions, expected 1 to ", max_input_rank));
     for (const auto& item : shape.array()) {
         if (item.is_string()) {
             if (item.string().empty()) item.fail("the name of a size is empty");
@@ -199,7 +200,7 @@ private:
     }
 
     void read_node(const Json& json) {
-        json.check_keys({"op", "name", "inputs", "attrs"}, {"weight", "bias"});
+        json.check_keys({"op", "name", "inputs", "attrs"}, {"weight", "bias", "scale"});
         const OpSchema* schema = find_op(json.at("op").string());
         if (!schema) json.fail(message("unknown op '", json.at("op").string(), "'"));
         Node node;
@@ -208,14 +209,47 @@ private:
         in(message(op_name(node.op), " '", node.name, "'"), [&] {
             read_operands(*schema, json.at("inputs"), node);
             read_attributes(*schema, json.at("attrs"), node);
-            const Json *weight = json.find("weight"), *bias = json.find("bias");
-            if (schema->weight && !weight) json.fail("'weight' is missing");
-            if (!schema->weight && weight) weight->fail("takes no weight");
-            if (!schema->weight && bias) bias->fail("takes no bias");
-            if (weight) attach_weight(*weight, node);
-            if (bias) node.bias = read_bias(*bias, graph_.weights[static_cast<size_t>(node.weight)].rows());
+            read_arrays(schema->arrays, json, node);
+            check_symbols(json.at("attrs"), node);
         });
         graph_.nodes.push_back(std::move(node));
+    }
+
+    void read_arrays(Arrays arrays, const Json& json, Node& node) {
+        const Json *weight = json.find("weight"), *bias = json.find("bias"), *scale = json.find("scale");
+        if (arrays == Arrays::weight && !weight) json.fail("'weight' is missing");
+        if (arrays == Arrays::bias && !bias) json.fail("'bias' is missing");
+        if (arrays == Arrays::scale && !scale) json.fail("'scale' is missing");
+        if (arrays != Arrays::weight && weight) weight->fail("takes no weight");
+        if ((arrays == Arrays::none || arrays == Arrays::scale) && bias) bias->fail("takes no bias");
+        if (arrays != Arrays::scale && arrays != Arrays::scale_bias && scale) scale->fail("takes no scale");
+        if (weight) attach_weight(*weight, node);
+        if (bias) node.bias = read_array(*bias);
+        if (scale) node.scale = read_array(*scale);
+        if (bias && weight) check_length(*bias, *node.bias, graph_.weights[static_cast<size_t>(node.weight)].rows());
+        if (node.op == Op::constant) check_length(*bias, *node.bias, constant_elements(node));
+        if (bias && scale) check_length(*bias, *node.bias, static_cast<int64_t>(node.scale->size()));
+    }
+
+    // Saturates: an array that long cannot be.
+    static int64_t constant_elements(const Node& node) {
+        int64_t n = 1;
+        for (const Size& size : node.shape) n = n > max_extent ? n : n * size.value;
+        return n;
+    }
+
+    static void check_length(const Json& json, const std::vector<float>& array, int64_t expected) {
+        if (static_cast<int64_t>(array.size()) != expected)
+            json.fail(message("the array '", json.string(), "' has ", array.size(), " elements, expected ", expected));
+    }
+
+    void check_symbols(const Json& json, const Node& node) const {
+        for (const Size& size : node.shape) {
+            bool known = size.symbol.empty();
+            for (const Input& input : graph_.inputs)
+                known = known || std::find(input.symbol.begin(), input.symbol.end(), size.symbol) != input.symbol.end();
+            if (!known) json.fail(message("attrs.shape: no input has a size '", size.symbol, "'"));
+        }
     }
 
     void read_operands(const OpSchema& schema, const Json& json, Node& node) const {
@@ -245,17 +279,15 @@ private:
             json.fail(message("a kernel of ", node.window.kernel[0], " x ", node.window.kernel[1], " exceeds ", max_kernel_area, " taps"));
     }
 
-    // Layers that share a bias share its memory: a file cannot make us copy one array many times.
-    std::shared_ptr<const std::vector<float>> read_bias(const Json& json, int64_t rows) {
+    // Nodes that share an array share its memory: a file cannot make us copy one array many times.
+    std::shared_ptr<const std::vector<float>> read_array(const Json& json) {
         const std::string& name = json.string();
-        auto& bias = biases_[name];
-        if (!bias) {
+        auto& found = arrays_[name];
+        if (!found) {
             if (used_tensors_.count(name)) json.fail(message("the array '", name, "' is part of a weight"));
-            bias = std::make_shared<const std::vector<float>>(array<float>(name, DType::f32));
+            found = std::make_shared<const std::vector<float>>(array<float>(name, DType::f32));
         }
-        if (static_cast<int64_t>(bias->size()) != rows)
-            json.fail(message("the bias '", name, "' has ", bias->size(), " elements, expected ", rows));
-        return bias;
+        return found;
     }
 
     void read_tree(const Json& json) {
@@ -299,7 +331,7 @@ private:
     const Container& container_;
     Graph graph_;
     std::map<std::string, int> weight_index_;
-    std::map<std::string, std::shared_ptr<const std::vector<float>>> biases_;
+    std::map<std::string, std::shared_ptr<const std::vector<float>>> arrays_;
     std::set<std::string> used_tensors_;
     std::set<int> used_weights_;
 };

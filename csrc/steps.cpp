@@ -16,10 +16,6 @@ int64_t image_floats(const Layout& l) { return l.kind == LayoutKind::rows ? l.h 
 
 }  // namespace
 
-KernelAct kernel_act(Act act) {
-    return act == Act::relu ? KernelAct::relu : act == Act::relu6 ? KernelAct::relu6 : KernelAct::none;
-}
-
 void copy_value(const Kernels& k, const Layout& from, const float* in, const Layout& to, float* out, Part part) {
     const int64_t begin = part.begin(to.c), end = part.end(to.c);
     for (int64_t c = begin; c < end; ++c)
@@ -45,7 +41,7 @@ void flatten_value(const Layout& from, const float* in, const Layout& to, float*
 }
 
 void add_values(const Kernels& k, const Layout& la, const float* a, const Layout& lb, const float* b, const Layout& lo,
-                float* out, KernelAct act, Part part) {
+                float* out, const Activation& act, Part part) {
     const int64_t begin = part.begin(lo.c), end = part.end(lo.c);
     const auto at_b = [&](int64_t n, int64_t c, int64_t y) { return b ? b + lb.at(n, c, y) : nullptr; };
     if (lo.plane == 1 && la.plane == 1 && (!b || lb.plane == 1)) {
@@ -167,6 +163,29 @@ void adaptive_pool_value(const Kernels& k, const Node& node, const Layout& from,
     zero_margins(to, out, begin, end);
 }
 
+void pixel_shuffle_value(const Layout& from, const float* in, const std::array<int64_t, 2>& factor, const Layout& to, float* out, Part part) {
+    const int64_t rh = factor[0], rw = factor[1];
+    for (int64_t i = part.begin(to.n * to.c); i < part.end(to.n * to.c); ++i) {
+        const int64_t n = i % to.n, c = i / to.n;
+        for (int64_t y = 0; y < to.h; ++y) {
+            float* row = out + to.at(n, c, y);
+            for (int64_t j = 0; j < rw; ++j) {
+                const float* source = in + from.at(n, c * rh * rw + y % rh * rw + j, y / rh);
+                const int64_t count = (to.w - j + rw - 1) / rw;
+                if (rw == 2 && j == 0 && to.w % 2 == 0) {  // both at once: the compiler interleaves them
+                    const float* second = in + from.at(n, c * rh * rw + y % rh * rw + 1, y / rh);
+                    for (int64_t x = 0; x < count; ++x) {
+                        row[2 * x] = source[x];
+                        row[2 * x + 1] = second[x];
+                    }
+                    break;
+                }
+                for (int64_t x = 0; x < count; ++x) row[x * rw + j] = source[x];
+            }
+        }
+    }
+}
+
 void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, float* out, Part part) {
     const ConvShape& s = plan.shape;
     const PhaseCopy& copy = plan.copy;
@@ -261,7 +280,7 @@ std::vector<Share> share_work(const ConvPlan& plan, size_t chunk, int threads) {
 }
 
 void multiply(const Kernels& k, const ConvPlan& plan, const Share& share, const float* packed, const float* bias,
-              const float* residual, float* out, KernelAct act) {
+              const float* residual, float* out, const Activation& act) {
     const PackedWeight& w = plan.weight;
     SpmmJob job{};
     job.in = packed;
@@ -295,6 +314,25 @@ void multiply(const Kernels& k, const ConvPlan& plan, const Share& share, const 
         case WeightKind::single: k.single(job); break;
         case WeightKind::masked: k.masked(job); break;
         case WeightKind::dense: k.dense(job); break;
+    }
+}
+
+void multiply_and_activate(const Kernels& k, const ConvPlan& plan, const Share& share, const float* packed, const float* bias,
+                           const float* residual, float* out, const Activation& act) {
+    if (act.fits_epilogue()) return multiply(k, plan, share, packed, bias, residual, out, act);
+    for (size_t t = share.tile_begin; t < share.tile_end; ++t) {
+        multiply(k, plan, {t, t + 1, share.row_begin, share.row_end}, packed, bias, residual, out, {});
+        const Tile& tile = plan.tiles[t];
+        for (int64_t row = share.row_begin; row < share.row_end; ++row) {
+            float* to = out + row * plan.shape.out.plane + tile.out;
+            k.act_row(to, to, tile.count * kLanes, act);
+            if (act.keeps_zero()) continue;
+            for (int64_t v = 0; v < tile.count; ++v) {
+                const uint16_t mask = plan.masks[static_cast<size_t>(tile.masks + v)];
+                for (int64_t i = 0; mask != 0xFFFF && i < kLanes; ++i)
+                    if (!(mask >> i & 1)) to[v * kLanes + i] = 0.0f;
+            }
+        }
     }
 }
 

@@ -10,8 +10,6 @@
 
 namespace sparseprune {
 
-constexpr int kMaxRank = 8;
-
 // Where the elements of a value lie: element (i0, i1, …) is at offset + sum of i * stride. A stride of 0 repeats.
 struct Strided {
     int rank = 0;

@@ -29,10 +29,11 @@ _HOMES = {
     "set_num_threads": "threads",
     "FormatError": "errors",
     "SparsepruneError": "errors",
+    "SparsepruneWarning": "errors",
     "UnsupportedError": "errors",
     "VerificationError": "errors",
 }
-_MODULES = ("errors", "graph", "ops", "pruning", "runtime", "training", "zoo")
+_MODULES = ("errors", "graph", "nn", "ops", "pruning", "runtime", "training", "zoo")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

@@ -1,5 +1,6 @@
 from . import errors as errors
 from . import graph as graph
+from . import nn as nn
 from . import ops as ops
 from . import pruning as pruning
 from . import runtime as runtime
@@ -11,6 +12,7 @@ from .bsr import BlockCSR as BlockCSR
 from .conversion import convert as convert
 from .errors import FormatError as FormatError
 from .errors import SparsepruneError as SparsepruneError
+from .errors import SparsepruneWarning as SparsepruneWarning
 from .errors import UnsupportedError as UnsupportedError
 from .errors import VerificationError as VerificationError
 from .files import load_pruned as load_pruned

@@ -1,4 +1,4 @@
-"""The `sparseprune` command: `benchmark` a network, `inspect` a file.
+"""The `sparseprune` command: `benchmark` a network, `inspect` a file, `doctor` says what is missing.
 
 A user's mistake is one line on stderr and exit status 2. torch is imported only by `benchmark`.
 """
@@ -27,7 +27,12 @@ _EPILOG = """examples:
   sparseprune benchmark resnet18-32 --sparsity 0.95 --threads 2
   sparseprune benchmark my_models:make_net --weights pruned.pt --input-shape 1,3,224,224 --json out.json
   sparseprune inspect model.spr
+  sparseprune doctor
 """
+
+# The names in zoo.NETWORKS, which cannot be imported without torch.
+_NETWORKS = ("resnet18-32", "resnet18", "resnet50", "vgg16", "vgg16-bn", "mobilenetv2", "yolov4-tiny",
+             "ssd300-mobilenetv2", "unet", "tutorial-cnn", "lenet-300-100")  # fmt: skip
 
 
 class UsageError(Exception):
@@ -40,10 +45,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run the command line and return its exit status: 0, 2 for a user's mistake, 130 when interrupted.
+
+    `doctor` returns 1 where programs cannot run.
+    """
     args = _parser().parse_args(argv)
+    status = 0
     try:
-        args.run(args)
+        status = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # `sparseprune inspect FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, SparsepruneError, OSError, ValueError) as exc:
         print(f"sparseprune: {_one_line(exc)}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     bench = commands.add_parser("benchmark", help="time a network against the dense ways torch has of running it")
-    bench.add_argument("model", metavar="MODEL", help="resnet18-32, resnet18, resnet50, or package.module:factory")
+    bench.add_argument("model", metavar="MODEL", help=f"{', '.join(_NETWORKS)}, or package.module:factory")
     bench.add_argument("--weights", type=Path, metavar="FILE", help="a state dict (.pt) or safetensors to load")
     bench.add_argument("--sparsity", type=_share, metavar="S",
                        help="write random zeros, this share of every layer but the first convolution "
@@ -79,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="print what a program (.spr) or a weights file holds")
     inspect.add_argument("file", type=Path, metavar="FILE")
     inspect.set_defaults(run=_inspect)
+
+    doctor = commands.add_parser("doctor", help="print what is here, and what to type for what is missing")
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -109,7 +122,7 @@ def _names(text: str) -> list[str]:
 # --- benchmark -------------------------------------------------------------------------------------------------------
 
 
-def _benchmark(args: argparse.Namespace) -> None:
+def _benchmark(args: argparse.Namespace) -> int:
     if args.json is not None and not args.json.parent.is_dir():
         raise UsageError(f"--json: {args.json.parent} is not a folder")
     if args.weights is not None and not args.weights.is_file():
@@ -119,7 +132,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     except ImportError as exc:
         raise UsageError(f"the benchmark needs torch: pip install 'sparseprune[torch]' ({exc})") from None
     from .benchmarking import BASELINES, benchmark
-    from .synthetic import fit_batch_norm, prune_uniform
+    from .synthetic import fit_scale, prune_uniform
 
     model, shapes, keep_dense = _model(args.model, args.input_shape)
     if args.batch is not None:
@@ -133,7 +146,7 @@ def _benchmark(args: argparse.Namespace) -> None:
         prune_uniform(model, args.sparsity, exclude=keep_dense)
     try:
         if args.sparsity is not None or (keep_dense is not None and args.weights is None):
-            fit_batch_norm(model, inputs)
+            fit_scale(model, inputs)
         with torch.inference_mode():
             model(*inputs)
     except Exception as exc:
@@ -143,6 +156,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     print(result)
     if args.json is not None:
         _write(args.json, result.to_json())
+    return 0
 
 
 def _model(
@@ -202,7 +216,7 @@ def _write(path: Path, text: str) -> None:
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def _inspect(args: argparse.Namespace) -> None:
+def _inspect(args: argparse.Namespace) -> int:
     if not args.file.is_file():
         raise UsageError(f"{args.file} is not a file")
     header = _safetensors_header(args.file)
@@ -214,6 +228,7 @@ def _inspect(args: argparse.Namespace) -> None:
         print(_program_report(runtime.load(args.file).describe(), args.file))
     else:
         print(_weights_report(header, args.file))
+    return 0
 
 
 def _program_report(about: dict[str, Any], path: Path) -> str:
@@ -269,6 +284,20 @@ def _safetensors_header(path: Path) -> dict[str, Any] | None:
         except (ValueError, RecursionError):
             return None
     return header if isinstance(header, dict) and isinstance(header.get("__metadata__", {}), dict) else None
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    checks = doctor.diagnose()
+    print(doctor.to_json(checks) if args.json else doctor.report(checks))
+    return 0 if doctor.usable(checks) else 1
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _percent(kept: int, total: int) -> str:

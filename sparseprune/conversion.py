@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import _native, runtime
-from .graph.capture import capture
+from .errors import SparsepruneWarning, UnsupportedError
+from .graph.capture import CapturedSegments, ExportError, capture, capture_segments, check_dtypes, unwrap
+from .graph.segments import Segment
 from .graph.snapshot import snapshot
 from .module import Converted, SparseModule
-from .report import LayerReport, Report
-from .verification import verify_program
+from .report import LayerReport, Report, SegmentReport
+from .swapping import Swapped, swap_layers
+from .verification import verify_layers, verify_outputs, verify_program
 
 __all__ = ["convert", "tune_program"]
 
 TUNE_SECONDS = 8.0  # budget of one shape's tuning
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+_PLAIN = (Tensor, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
 
 def convert(
@@ -36,11 +41,15 @@ def convert(
 ) -> SparseModule:
     """Turns a pruned model into a native program that computes the same numbers, several times faster.
 
+    A model with operators that a program does not have runs in as few alternating native and torch segments as it
+    can; one that `torch.export` cannot follow (control flow that depends on the data) gets its layers swapped for
+    sparse ones (`sparseprune.nn`). Either gives a `SparsepruneWarning` that says why, and cannot be saved.
+
     Takes plain zeros, `torch.nn.utils.prune` hooks and parametrized masks as they are. The weights are snapshot;
     `model` is left untouched, and what is converted is its evaluation mode.
 
     Args:
-        model: Any module whose operators are in `docs/program.md`.
+        model: Any float32 module; it is one program if its operators are in `docs/program.md`.
         example_inputs: The positional arguments of a typical call: a float32 tensor or a tuple. The batch and image
             sizes may differ later where the model allows it; the given ones are tuned. None: the first call's inputs.
         tune: `measure` times every layer's variants inside the running network, then the whole program against dense
@@ -55,7 +64,8 @@ def convert(
         A `SparseModule`; `.report` says what was done and why.
 
     Raises:
-        UnsupportedError: The model holds an operator that is not known; the message names it and its layer.
+        UnsupportedError: A dtype or device that cannot be had; or neither torch.export nor torch can run the model on
+            the example.
         VerificationError: A layer or an output is beyond its bound.
         TypeError, ValueError: Arguments that do not fit.
 
@@ -81,7 +91,21 @@ def convert(
 
 
 def _convert(model: nn.Module, args: tuple[Any, ...], tune: str, min_gain: float, verify: bool) -> Converted:
-    captured = capture(model, args)
+    check_dtypes(model, args)
+    try:
+        captured = capture(model, args)
+    except ExportError as error:
+        return _convert_layers(model, args, tune, min_gain, verify, error)
+    except UnsupportedError:
+        try:
+            segments = capture_segments(model, args)
+        except UnsupportedError as error:
+            return _convert_layers(model, args, tune, min_gain, verify, error)
+        return _convert_segments(model, segments, args, tune, min_gain, verify)
+    except ValueError as error:
+        if all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(args)):
+            raise
+        return _convert_layers(model, args, tune, min_gain, verify, error)
     program = runtime.Program(captured.graph.to_bytes())
     inputs = _tensor_leaves(args)
     shapes = [tuple(x.shape) for x in inputs]
@@ -109,8 +133,147 @@ def _convert(model: nn.Module, args: tuple[Any, ...], tune: str, min_gain: float
     return converted
 
 
+def _convert_segments(
+    model: nn.Module, captured: CapturedSegments, args: tuple[Any, ...], tune: str, min_gain: float, verify: bool
+) -> Converted:
+    segmented = captured.segmented
+    natives = sum(segment.kind == "native" for segment in segmented.segments)
+    _warn(
+        f"the model is not one native program, it runs in {len(segmented.segments)} segments, {natives} of them "
+        "native; in torch: " + "; ".join(segmented.refused)
+    )
+    inputs = _tensor_leaves(args)
+    seen: dict[int, Sequence[Any]] = {}
+    segmented.flat(inputs, lambda place, reads, _: seen.__setitem__(place, reads))
+    layers: tuple[LayerReport, ...] = ()
+    for place, segment in enumerate(segmented.segments):
+        if segment.program is not None and segment.graph is not None:
+            program, reads = segment.program, [x.contiguous() for x in seen[place]]
+            shapes = [tuple(x.shape) for x in reads]
+            tuned = tune_program(program, shapes, min_gain, TUNE_SECONDS / natives) if tune == "measure" else []
+            found = _layers(program, program.plan(*shapes), {t["node"]: t for t in tuned})
+            if verify:
+                errors = verify_layers(segment.graph, program, reads)
+                found = tuple(replace(layer, error=error) for layer, error in zip(found, errors, strict=True))
+            layers += found
+    seconds = _segment_seconds(segmented.flat, inputs) if tune == "measure" else {}
+    report = Report(
+        layers=layers,
+        runs="sparse",
+        reason="tune='fixed': nothing was timed",
+        input_shapes=tuple(tuple(x.shape) for x in inputs),
+        threads=_native.num_threads(),
+        isa=_native.isa(),
+        torch=torch.__version__,
+        notes=captured.notes,
+        segments=tuple(
+            _segment(segment, seconds[place] / sum(seconds.values()) if seconds else None)
+            for place, segment in enumerate(segmented.segments)
+        ),
+    )
+    converted = Converted(segmented, captured.in_spec, captured.constants, report)
+    if verify and segmented.random:
+        _note(converted, "the model draws random numbers: its outputs were not verified")
+    elif verify:
+        _verify_outputs(converted, segmented.run(inputs), model, args)
+    if tune == "measure":
+        _race(converted, snapshot(unwrap(model), own=True).cpu(), args, min_gain)
+    return converted
+
+
+def _segment(segment: Segment, share: float | None) -> SegmentReport:
+    names = list(dict.fromkeys(segment.operators))
+    summary = ", ".join(names[:6]) + (f", … {len(names) - 6} more" if len(names) > 6 else "")
+    return SegmentReport(segment.kind, summary, segment.nodes, share)
+
+
+def _segment_seconds(run: Callable[..., Any], inputs: list[Tensor], runs: int = 7) -> dict[int, float]:
+    """Median seconds of each segment, torch's with as many threads as ours."""
+    samples: dict[int, list[float]] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(_native.num_threads())
+    try:
+        for _ in range(runs):
+            run(inputs, lambda place, _, seconds: samples.setdefault(place, []).append(seconds))
+    finally:
+        torch.set_num_threads(threads)
+    return {place: statistics.median(taken) for place, taken in samples.items()}
+
+
+def _convert_layers(
+    model: nn.Module, args: tuple[Any, ...], tune: str, min_gain: float, verify: bool, error: Exception
+) -> Converted:
+    """The model itself with sparse layers in it: what is left where it cannot be exported."""
+
+    def fresh() -> nn.Module:
+        return snapshot(unwrap(model), own=True).cpu()
+
+    args = tree_map(lambda a: a.detach().cpu() if isinstance(a, Tensor) else a, args)
+    inner = fresh()
+    try:
+        swapped: Swapped = swap_layers(inner, _own(args), tune == "measure", min_gain, verify)
+    except UnsupportedError:
+        raise
+    except Exception as own:  # the example does not run in torch either
+        raise error from own
+    why = str(error).strip().split("\n")[0]
+    note = f"single layers were swapped ({swapped.count} of {len(swapped.layers)}), the rest runs in torch: {why}"
+    _warn(f"the model is not one native program; {note}")
+    report = Report(
+        layers=swapped.layers,
+        runs="sparse",
+        reason="tune='fixed': nothing was timed",
+        input_shapes=tuple(tuple(leaf.shape) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)),
+        threads=_native.num_threads(),
+        isa=_native.isa(),
+        torch=torch.__version__,
+        notes=(note,),
+    )
+
+    def unused() -> nn.Module:  # a model may have a state: what is handed over has seen no call
+        return swapped.apply(fresh())
+
+    converted = Converted(unused(), None, None, report)
+    if verify:
+        with torch.no_grad():
+            outputs = unused()(*_own(args))
+        _verify_outputs(converted, outputs, model, args)
+    if tune == "measure":
+        _race(converted, fresh(), args, min_gain)
+        converted.runs = unused()
+        if isinstance(converted.dense, _DenseCall):
+            last = converted.dense.memory is not None
+            converted.dense = _DenseCall(_channels_last(fresh()) if last else fresh(), converted.dense.memory)
+    return converted
+
+
+def _own(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, args))
+
+
+def _verify_outputs(converted: Converted, outputs: Any, model: nn.Module, args: tuple[Any, ...]) -> None:
+    assert converted.report is not None
+    error, allowed, note = verify_outputs(outputs, lambda: snapshot(unwrap(model), own=True).cpu(), args)
+    converted.report = replace(converted.report, max_error=error, bound=allowed)
+    if note:
+        _note(converted, note)
+
+
+def _note(converted: Converted, note: str) -> None:
+    assert converted.report is not None
+    converted.report = replace(converted.report, notes=(*converted.report.notes, note))
+
+
+def _warn(message: str) -> None:
+    """At the first frame outside this package."""
+    depth, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, SparsepruneWarning, stacklevel=depth)
+
+
 def tune_program(
-    program: runtime.Program, shapes: list[tuple[int, ...]], min_gain: float = 1.05
+    program: runtime.Program, shapes: list[tuple[int, ...]], min_gain: float = 1.05, seconds: float | None = None
 ) -> list[_native.TunedDict]:
     """Tunes a program for these input shapes; shows progress where it takes longer than two seconds."""
     from tqdm import tqdm
@@ -123,12 +286,10 @@ def tune_program(
         return True
 
     with bar:
-        return program.tune(shapes, TUNE_SECONDS, min_gain, progress)
+        return program.tune(shapes, TUNE_SECONDS if seconds is None else seconds, min_gain, progress)
 
 
 def _tensor_leaves(args: tuple[Any, ...]) -> list[Tensor]:
-    from torch.utils._pytree import tree_leaves
-
     return [leaf.detach().cpu() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
 
 
@@ -246,17 +407,17 @@ class _DenseCall:
     def __init__(self, module: nn.Module, memory: torch.memory_format | None) -> None:
         self.module, self.memory = module, memory
 
-    def __call__(self, *args: Any) -> Any:
-        return self.module(*(args if self.memory is None else _channels_last_args(args)))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.memory is None:
+            return self.module(*args, **kwargs)
+        return self.module(*_channels_last_args(args), **kwargs)
 
 
 def _channels_last(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return snapshot(model, own=True).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def _channels_last_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    from torch.utils._pytree import tree_map
-
     def last(a: Any) -> Any:
         return a.contiguous(memory_format=torch.channels_last) if isinstance(a, Tensor) and a.dim() == 4 else a
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FormatError", "SparsepruneError", "UnsupportedError", "VerificationError"]
+__all__ = ["FormatError", "SparsepruneError", "SparsepruneWarning", "UnsupportedError", "VerificationError"]
 
 
 class SparsepruneError(Exception):
@@ -19,3 +19,7 @@ class UnsupportedError(SparsepruneError, NotImplementedError):
 
 class VerificationError(SparsepruneError, AssertionError):
     """A converted program's output is beyond the error bound of the masked dense model's."""
+
+
+class SparsepruneWarning(UserWarning):
+    """Something works, but not as fast, or not as widely, as it could; the message says why."""

@@ -14,6 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from . import runtime
 from .errors import SparsepruneError
+from .graph.segments import Segmented
 from .report import Report
 
 __all__ = ["SparseModule", "load"]
@@ -24,21 +25,43 @@ class Converted:
 
     def __init__(
         self,
-        program: runtime.Program,
+        runs: runtime.Program | Segmented | nn.Module,
         in_spec: TreeSpec | None = None,
         constants: dict[int, object] | None = None,
         report: Report | None = None,
         dense: Callable[..., Any] | None = None,
     ) -> None:
-        self.program = program
+        self.runs = runs  # a module: the model with sparse layers in it
         self.in_spec = in_spec  # None: the inputs are the tensors themselves
         self.constants = constants or {}
         self.report = report
         self.dense = dense  # what runs instead, where it was faster
 
+    @property
+    def program(self) -> runtime.Program:
+        """The one program, where that is all."""
+        if isinstance(self.runs, runtime.Program):
+            return self.runs
+        if isinstance(self.runs, Segmented):
+            why = "; ".join(self.runs.refused) or "no operator of it is native"
+            raise SparsepruneError(f"the model is not one native program; parts of it run in torch: {why}")
+        notes = self.report.notes[0] if self.report is not None else "it could not be exported"
+        raise SparsepruneError(f"the model is not one native program; {notes}")
+
+    @property
+    def inputs(self) -> list[tuple[str, tuple[int | str, ...], torch.dtype]]:
+        """Name, shape and dtype of each tensor that a call takes; what a module takes is not known."""
+        if isinstance(self.runs, Segmented):
+            return list(self.runs.inputs)
+        program = self.runs if isinstance(self.runs, runtime.Program) else None
+        return [(name, shape, torch.float32) for name, shape in program.inputs] if program is not None else []
+
 
 class SparseModule(nn.Module):
     """An eval-mode module that runs a native program: one native call per inference. Made by `sparseprune.convert`.
+
+    A model that is not wholly native runs in segments, native and torch by turns, or with sparse layers in torch;
+    `report` says which.
 
     Outputs are fresh tensors and carry no gradient. Safe to call from many threads at once. It has no parameters: the
     weights were snapshot when the model was converted. NaN and Inf in an input propagate through kept weights; a pruned
@@ -72,7 +95,7 @@ class SparseModule(nn.Module):
         """The native program behind.
 
         Raises:
-            SparsepruneError: Nothing is converted yet.
+            SparsepruneError: Nothing is converted yet, or the model is not one native program.
         """
         return self._ready().program
 
@@ -82,30 +105,40 @@ class SparseModule(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the program on float32 CPU tensors, nested as in the example inputs.
+        """Runs the program on CPU tensors, nested and of the dtypes as in the example inputs.
 
         Raises:
-            TypeError: Keyword arguments, another nesting, or a dtype that is not float32.
+            TypeError: Keyword arguments (a model with swapped layers takes them), another nesting, or another dtype.
             ValueError: A shape, device or constant that does not fit.
         """
-        if kwargs:
+        swapped = self._converted is not None and isinstance(self._converted.runs, nn.Module)
+        if kwargs and not swapped:
             raise TypeError(
                 f"keyword arguments are not supported by a converted model: {', '.join(kwargs)}; pass them by position"
             )
         converted = self._converted or self._convert_now(args)
+        if isinstance(converted.runs, nn.Module):
+            with torch.no_grad():
+                return (converted.dense or converted.runs)(*args, **kwargs)
         leaves = self._leaves(converted, args)
         if converted.dense is not None:
             with torch.no_grad():  # not inference_mode: its tensors cannot take part in a gradient later
                 return converted.dense(*args)
-        return self._run(converted.program, leaves)
+        if isinstance(converted.runs, Segmented):
+            return converted.runs.run(leaves)
+        return self._run(converted.runs, leaves)
 
     def warmup(self, *inputs: Any) -> SparseModule:
         """Plans and tunes for the shapes of these inputs, then runs once: later calls of them are at full speed."""
         converted = self._converted or self._convert_now(inputs)
-        leaves = self._leaves(converted, inputs)
         from .conversion import tune_program
 
-        tune_program(converted.program, [tuple(x.shape) for x in leaves])
+        if isinstance(converted.runs, runtime.Program):
+            leaves = self._leaves(converted, inputs)
+            tune_program(converted.runs, [tuple(x.shape) for x in leaves])
+        elif isinstance(converted.runs, Segmented):
+            for program, shapes in converted.runs.shapes(self._leaves(converted, inputs)):
+                tune_program(program, shapes)
         self(*inputs)
         return self
 
@@ -113,7 +146,7 @@ class SparseModule(nn.Module):
         """Writes the program as one `.spr` file: the non-zeros, the graph, no pickle. It is written beside and renamed.
 
         Raises:
-            SparsepruneError: Nothing is converted yet.
+            SparsepruneError: Nothing is converted yet, or parts run in torch; the message names their operators.
         """
         if self._converted is None:
             raise SparsepruneError(
@@ -124,7 +157,12 @@ class SparseModule(nn.Module):
     def extra_repr(self) -> str:
         if self._converted is None:
             return "converts at the first call"
-        return ", ".join(f"{name}: {shape}" for name, shape in self._converted.program.inputs)
+        if isinstance(self._converted.runs, nn.Module):
+            return f"{type(self._converted.runs).__name__} with sparse layers"
+        parts = [f"{name}: {shape}" for name, shape, _ in self._converted.inputs]
+        if isinstance(self._converted.runs, Segmented):
+            parts.append("segments: " + " ".join(segment.kind for segment in self._converted.runs.segments))
+        return ", ".join(parts)
 
     def _ready(self) -> Converted:
         if self._converted is None:
@@ -151,11 +189,11 @@ class SparseModule(nn.Module):
                         f"inputs: leaf {place} was {constant!r} at conversion, which fixed it; got {leaves[place]!r}"
                     )
             leaves = [leaf for place, leaf in enumerate(leaves) if place not in converted.constants]
-        expected = converted.program.inputs
+        expected = converted.inputs
         if len(leaves) != len(expected):
             raise TypeError(f"inputs: expected {len(expected)} tensors, got {len(leaves)}")
-        for leaf, (name, shape) in zip(leaves, expected, strict=True):
-            _check_input(leaf, name, shape)
+        for leaf, (name, shape, dtype) in zip(leaves, expected, strict=True):
+            _check_input(leaf, name, shape, dtype)
         return leaves
 
     def _run(self, program: runtime.Program, leaves: list[Tensor]) -> Any:
@@ -202,11 +240,11 @@ def write_beside(path: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
-def _check_input(x: Any, name: str, shape: tuple[int | str, ...]) -> None:
+def _check_input(x: Any, name: str, shape: tuple[int | str, ...], dtype: torch.dtype) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"input {name!r}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.dtype != torch.float32:
-        raise TypeError(f"input {name!r}: expected dtype float32, got {x.dtype}")
+    if x.dtype != dtype:
+        raise TypeError(f"input {name!r}: expected dtype {str(dtype).removeprefix('torch.')}, got {x.dtype}")
     if x.device.type != "cpu":
         raise ValueError(f"input {name!r}: expected a tensor on the CPU, got one on {x.device}")
     if x.dim() != len(shape):

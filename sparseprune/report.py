@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["LayerReport", "Report"]
+__all__ = ["LayerReport", "Report", "SegmentReport"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class LayerReport:
         dense_ms: The fastest dense way measured inside the running network (torch's best layout, or our dense kernel),
             milliseconds; None where nothing was timed.
         sparse_ms: Ours as chosen, measured inside the running network, with its packing; milliseconds.
-        choice: What runs: form of the packed input / kind of the packed weight / vectors a tile.
+        choice: What runs: form of the packed input / kind of the packed weight / vectors a tile; where single layers
+            were swapped (`sparseprune.nn`), `sparse layer` or `torch`.
         reason: Why.
         error: Largest absolute difference of this layer's output from float64 on the same input; None: not verified.
     """
@@ -39,17 +40,36 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class SegmentReport:
+    """A part of a model that is not wholly native.
+
+    Attributes:
+        kind: `native` or `torch`.
+        operators: A summary: the layers of a native segment, the operators of a torch one.
+        nodes: How many operators it has.
+        share: Of the time of all segments, on the example inputs; None where nothing was timed.
+    """
+
+    kind: str
+    operators: str
+    nodes: int
+    share: float | None
+
+
+@dataclass(frozen=True)
 class Report:
     """A conversion's report. `str(report)` is a table.
 
     Attributes:
-        layers: Every convolution and linear layer, in order.
-        runs: `sparse` (the native program), or `eager` / `channels_last` where that dense way was faster.
+        layers: Every convolution and linear layer, in order; of all native segments where there are several.
+        runs: `sparse` (the native program, or segments, or swapped layers), or `eager` / `channels_last` where that
+            dense way was faster.
         reason: Why.
         times_ms: Median milliseconds of the whole model: `sparse`, `eager`, `channels_last`; empty if none was timed.
         max_error, bound: Largest absolute difference from float64 on the examples, and what was allowed there.
         input_shapes, threads, isa, torch: What it was measured with.
         notes: What else is worth knowing, such as sizes that had to be fixed.
+        segments: In order, where the model is not wholly native; else empty.
     """
 
     layers: tuple[LayerReport, ...]
@@ -63,6 +83,7 @@ class Report:
     max_error: float | None = None
     bound: float | None = None
     notes: tuple[str, ...] = ()
+    segments: tuple[SegmentReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -95,6 +116,9 @@ class Report:
             lines.append(
                 f"largest error against float64: {self.max_error:.2e} (allowed there: {_number(self.bound, '{:.2e}')})"
             )
+        for segment in self.segments:
+            share = "not timed" if segment.share is None else f"{segment.share:.0%} of the time"
+            lines.append(f"{segment.kind} segment, {share}: {segment.nodes} operators ({segment.operators})")
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
 

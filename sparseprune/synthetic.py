@@ -1,15 +1,18 @@
-"""Networks to measure without training them: random zeros, and batch-norm statistics that fit the weights."""
+"""Networks to measure without training them: random zeros, and activations of an ordinary scale all the same."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LAYERS", "fit_batch_norm", "prune_uniform"]
+__all__ = ["LAYERS", "fit_batch_norm", "fit_scale", "prune_uniform"]
 
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+          nn.Linear)  # fmt: skip
+_OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 def prune_uniform(model: nn.Module, sparsity: float, seed: int = 0, exclude: Sequence[str] | None = None) -> nn.Module:
@@ -54,6 +57,54 @@ def prune_uniform(model: nn.Module, sparsity: float, seed: int = 0, exclude: Seq
     return model
 
 
+def fit_scale(model: nn.Module, inputs: Sequence[Tensor], seed: int = 0) -> nn.Module:
+    """Give a network's activations an ordinary scale, whatever zeros were written into it.
+
+    Batch norms get statistics that fit (`fit_batch_norm`). A network without any norm gets every convolution and linear
+    layer divided by the standard deviation of its output instead, first to last, as in Mishkin, Matas, *All You Need
+    Is a Good Init*, 2015 (arXiv 1511.06422).
+
+    Args:
+        model: Changed in place (modes are put back), and returned.
+        inputs: Tensors that give shape and dtype; normal random ones with a batch of at least 8 are used.
+        seed: Seed of those inputs.
+    """
+    modules = list(model.modules())
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
+        return fit_batch_norm(model, inputs, seed)
+    if any(isinstance(module, _OTHER_NORMS) for module in modules):
+        return model
+    layers = [module for module in modules if isinstance(module, LAYERS) and "weight" in module._parameters]
+    modes = {module: module.training for module in modules}
+    hooks = [layer.register_forward_hook(_divide) for layer in layers]
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(*_samples(inputs, seed))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return model
+
+
+def _divide(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """A forward hook: the layer's parameters, and this output, divided by the output's standard deviation."""
+    scale = output.std()
+    if not 0 < scale < torch.inf:
+        return output
+    for parameter in layer._parameters.values():
+        if parameter is not None:
+            parameter.div_(scale)
+    return output / scale
+
+
+def _samples(inputs: Sequence[Tensor], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(max(8, x.shape[0]), *x.shape[1:], dtype=x.dtype, generator=generator) for x in inputs]
+
+
 def fit_batch_norm(model: nn.Module, inputs: Sequence[Tensor], seed: int = 0) -> nn.Module:
     """Give every batch norm the statistics of random inputs, so that activations have an ordinary scale.
 
@@ -68,8 +119,6 @@ def fit_batch_norm(model: nn.Module, inputs: Sequence[Tensor], seed: int = 0) ->
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return model
-    generator = torch.Generator().manual_seed(seed)
-    samples = [torch.randn(max(8, x.shape[0]), *x.shape[1:], dtype=x.dtype, generator=generator) for x in inputs]
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
     model.eval()
@@ -79,7 +128,7 @@ def fit_batch_norm(model: nn.Module, inputs: Sequence[Tensor], seed: int = 0) ->
             norm.momentum = None  # a plain average over the calls
             norm.train()
         with torch.no_grad():
-            model(*samples)
+            model(*_samples(inputs, seed))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from .errors import VerificationError
 from .graph.ir import Graph, Input
 from .graph.reference import run_reference
 
-__all__ = ["RELATIVE_TOLERANCE", "Verification", "verify_program"]
+__all__ = ["RELATIVE_TOLERANCE", "Verification", "verify_layers", "verify_outputs", "verify_program"]
 
 RELATIVE_TOLERANCE = 1e-3  # of the largest output
 
@@ -52,6 +53,76 @@ def verify_program(
     layer_errors = _check_layers(graph, values)
     outputs = [values[number] for number in graph.outputs]
     return _check_outputs(outputs, model, args, layer_errors)
+
+
+def verify_layers(graph: Graph, program: runtime.Program, inputs: list[Tensor]) -> tuple[float, ...]:
+    """The first half of `verify_program`: every operator on its own input. Returns the weighted layers' errors."""
+    return _check_layers(graph, _all_values(graph, program, inputs))
+
+
+def verify_outputs(outputs: Any, fresh: Callable[[], nn.Module], args: tuple[Any, ...]) -> tuple[float, float, str]:
+    """Compares nested outputs of any dtypes with the model's: in float64, and where that does not do, in float32.
+
+    A model that decides by its data (sorts, picks, branches) may decide otherwise in float64, and one that makes
+    float32 tensors may not run in it; so outputs that are those of the float32 model within the same bound are right,
+    too. Integers have to be equal.
+
+    Args:
+        outputs: As computed from `args`.
+        fresh: Makes a copy of the model, on the CPU.
+
+    Returns:
+        The largest error, what was allowed there, and a note where it was not float64 that was compared with.
+
+    Raises:
+        VerificationError: Neither fits; the message is that of the comparison with float64 where there was one.
+    """
+    first: Exception
+    try:
+        return (*_compare(outputs, _run(fresh().double(), args, double=True)), "")
+    except Exception as error:  # the model's own code may raise anything
+        first = error
+    try:
+        found = _compare(outputs, _run(fresh(), args, double=False))
+    except VerificationError as error:
+        raise (first if isinstance(first, VerificationError) else error) from None
+    why = str(first).strip().split("\n")[0]
+    return (*found, f"outputs were compared with the float32 model, not float64: {type(first).__name__}: {why}")
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], double: bool) -> Any:
+    def converted(a: Any) -> Any:
+        if not isinstance(a, Tensor):
+            return a
+        a = a.detach().cpu().clone()
+        return a.double() if double and a.is_floating_point() else a
+
+    with torch.no_grad():
+        return model(*tree_map(converted, args))
+
+
+def _compare(outputs: Any, expected: Any) -> tuple[float, float]:
+    worst = (0.0, 0.0)
+    ours, theirs = ([y for y in tree_leaves(nest) if isinstance(y, Tensor)] for nest in (outputs, expected))
+    if len(ours) != len(theirs):
+        raise VerificationError(f"outputs: {len(ours)} tensors, the model returns {len(theirs)}")
+    for place, (y, want) in enumerate(zip(ours, theirs, strict=True)):
+        if y.shape != want.shape:
+            raise VerificationError(f"output {place}: shape {tuple(y.shape)}, the model's is {tuple(want.shape)}")
+        if y.is_complex():
+            y, want = torch.view_as_real(y), torch.view_as_real(want.resolve_conj())
+        if not y.is_floating_point():
+            if not torch.equal(y, want):
+                raise VerificationError(f"output {place}: {int((y != want).sum())} of {y.numel()} {y.dtype} differ")
+            continue
+        y64 = want.double()
+        worst = max(worst, _check(f"output {place}", y, y64, torch.full_like(y64, _allowed(y64))))
+    return worst
+
+
+def _allowed(y64: Tensor) -> float:
+    finite = y64[torch.isfinite(y64)]
+    return RELATIVE_TOLERANCE * (float(finite.abs().max()) if finite.numel() else 0.0)
 
 
 def _all_values(graph: Graph, program: runtime.Program, inputs: list[Tensor]) -> list[Tensor]:
@@ -93,9 +164,7 @@ def _check_outputs(
         expected = [y for y in tree_leaves(model.cpu().double()(*double)) if isinstance(y, Tensor)]
     worst = (0.0, 0.0)
     for place, (y, y64) in enumerate(zip(outputs, expected, strict=True)):
-        finite = y64[torch.isfinite(y64)]
-        largest = float(finite.abs().max()) if finite.numel() else 0.0
-        found = _check(f"output {place}", y, y64, torch.full_like(y64, RELATIVE_TOLERANCE * largest))
+        found = _check(f"output {place}", y, y64, torch.full_like(y64, _allowed(y64)))
         worst = max(worst, found)
     return Verification(layer_errors, *worst)
 

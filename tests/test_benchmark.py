@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from sparseprune import benchmarking, cli
 from sparseprune.benchmarking import BenchmarkResult, Timing, benchmark, prune_uniform
 from sparseprune.dense import plain_copy
-from sparseprune.synthetic import fit_batch_norm
+from sparseprune.synthetic import fit_batch_norm, fit_scale
 from sparseprune.timing import machine
 
 QUICK: dict[str, Any] = {"threads": 1, "rounds": 2, "block_seconds": 0.002, "progress": False}
@@ -149,6 +149,42 @@ def test_fit_batch_norm() -> None:
     assert y.mean(dim=(0, 2, 3)).abs().max() < 0.3 and (y.std(dim=(0, 2, 3)) - 1).abs().max() < 0.3
 
 
+def test_fit_scale() -> None:
+    x = torch.randn(64, 3, 8, 8)
+    normed: Any = fit_scale(tiny(), [x])  # as fit_batch_norm
+    assert torch.equal(normed[1].running_mean, fit_batch_norm(tiny(), [x])[1].running_mean)  # type: ignore[index]
+    assert torch.equal(normed[0].weight, tiny()[0].weight)
+
+    plain: Any = nn.Sequential(*(layer for layer in tiny() if not isinstance(layer, nn.BatchNorm2d))).train()
+    prune_uniform(plain, 0.5, exclude=())
+    before = plain[0].weight.clone()
+    fit_scale(plain, [torch.zeros(1, 3, 8, 8)])
+    assert plain.training and not any(module._forward_hooks for module in plain.modules())
+    for depth in (1, 2, 4, 7):
+        assert plain[:depth](x).std().item() == pytest.approx(1, abs=0.5)
+    kept = before != 0
+    assert torch.equal(plain[0].weight != 0, kept) and (plain[0].weight / before)[kept].std() < 1e-6
+
+    layer_norm: Any = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    before = layer_norm[0].weight.clone()
+    assert torch.equal(fit_scale(layer_norm, [torch.zeros(1, 4)])[0].weight, before)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+def test_several_outputs(kind: type) -> None:
+    class Several(nn.Module):
+        def __init__(self, off: float) -> None:
+            super().__init__()
+            self.off = off
+
+        def forward(self, x: Tensor) -> Any:
+            y, z = x * 2, x.sum(1) + self.off
+            return {"boxes": y, "more": (z, None)} if kind is dict else kind((y, [z]))
+
+    result = benchmark(Several(0), torch.ones(1, 3, 4), sparse=Several(0.5), baselines=("eager",), **QUICK)
+    assert result.timings[0].max_abs_error == 0 and result.sparse.max_abs_error == 0.5
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 FACTORY = """
@@ -173,7 +209,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("", "required: COMMAND"),
         ("benchmark", "required: MODEL"),
-        ("benchmark resnet99", "'resnet99' is neither one of resnet18-32, resnet18, resnet50 nor"),
+        ("benchmark resnet99", "'resnet99' is neither one of resnet18-32, resnet18, resnet50, vgg16"),
         ("benchmark resnet18-32 --sparsity 1.5", "'1.5' is not in [0, 1)"),
         ("benchmark resnet18-32 --sparsity nan", "'nan' is not in [0, 1)"),
         ("benchmark resnet18-32 --batch 0", "'0' is not a positive whole number"),

@@ -15,6 +15,20 @@ enum class Act : int32_t {
 struct Activation {  // docs/program.md says what alpha and beta are
     Act kind = Act::none;
     float alpha = 0, beta = 0;
+    // What the kernels of products and sums apply themselves; act_row applies the others afterwards.
+    bool fits_epilogue() const { return kind == Act::leaky_relu ? alpha >= 0 && alpha <= 1 : kind <= Act::clamp; }
+    bool keeps_zero() const {  // padding lanes, which are zero, stay zero
+        switch (kind) {
+            case Act::sigmoid:
+            case Act::hardsigmoid:
+            case Act::exp:
+            case Act::rsqrt:
+            case Act::reciprocal:
+            case Act::softplus: return false;
+            case Act::clamp: return alpha <= 0 && beta >= 0;
+            default: return true;
+        }
+    }
 };
 
 // A run of `count` vectors of output pixels, contiguous in the packed input and in the output.
@@ -46,7 +60,7 @@ struct SpmmJob {
     const Tile* tiles;
     int64_t tile_count;
     const uint16_t* masks;   // lanes that are real pixels; the others are stored as zero
-    KernelAct act;
+    Activation act;
     // single rows: entries of row r, shift group g are [start[r*groups + g], start[r*groups + g + 1])
     const int64_t* start;
     const Entry* entries;         // one of the two is set
@@ -108,6 +122,22 @@ constexpr int64_t pool_scratch(int64_t in_width, int64_t out_width, int64_t kern
     return ((read > written ? read : written) + 15) / 16 * 16;
 }
 
+// out[rows][cols] = a[rows][k] b[k][cols], or += where accumulate.
+struct GemmJob {
+    const float* a;
+    int64_t a_row, a_k;    // strides
+    const float* b;
+    int64_t b_row;         // rows of whole vectors: what lies beyond cols is read
+    float* out;
+    int64_t out_row;       // only cols floats of a row are written
+    int64_t rows, k, cols;
+    bool accumulate;
+};
+
+using BinaryRow = void (*)(const float* a, int64_t a_step, const float* b, int64_t b_step, float* out, int64_t count, Activation act);
+constexpr int kBinaryRows = 7;
+constexpr int kPreluRow = 6;
+
 struct Kernels {
     const char* name;
     int32_t dense_rows;                    // R of the dense kernel
@@ -117,15 +147,33 @@ struct Kernels {
     void (*dense)(const SpmmJob&);
     // out[row] = act(sum value * x[col] + bias + residual): batch-1 linear, sparse and dense
     void (*dot_sparse)(const int64_t* start, const int32_t* col, const float* value, const float* x, int64_t row_begin,
-                       int64_t row_end, const float* bias, const float* residual, float* out, KernelAct act);
+                       int64_t row_end, const float* bias, const float* residual, float* out, Activation act);
     void (*dot_dense)(const float* value, int64_t cols, const float* x, int64_t row_begin, int64_t row_end, const float* bias,
-                      const float* residual, float* out, KernelAct act);
+                      const float* residual, float* out, Activation act);
     void (*im2col)(const Im2colJob&);
     void (*copy_rows)(const RowCopy&);
-    void (*add_row)(const float* a, const float* b, float* out, int64_t count, KernelAct act);  // b may be null
+    void (*add_row)(const float* a, const float* b, float* out, int64_t count, Activation act);  // b may be null
     void (*max_pool_row)(const PoolRow&);
     void (*sum_pool_row)(const PoolRow&);  // sums; the caller scales
     double (*sum_row)(const float* in, int64_t count);
+    // Rows of any number of elements; nothing beyond them is read or written. in == out is allowed.
+    void (*act_row)(const float* in, float* out, int64_t count, Activation act);  // every activation
+    // out = act(a op b), act.fits_epilogue(); by enum Binary, the last one is prelu: a where a > 0, else b * a. A step of 0 repeats one element.
+    BinaryRow binary_row[kBinaryRows];
+    float (*max_row)(const float* in, int64_t count);  // NaN where any is
+    float (*min_row)(const float* in, int64_t count);
+    double (*square_row)(const float* in, int64_t count, double mean);              // sum of (in - mean)^2
+    double (*exp_row)(const float* in, float minus, float* out, int64_t count);     // out = exp(in - minus); returns its sum
+    // out = (in - mean) * factor * scale + bias: of the row, or of each element (step 1); scale and bias may be null
+    void (*norm_row)(const float* in, float* out, int64_t count, float mean, float factor, const float* scale, const float* bias, int64_t step);
+    // The same by column, one row at a time: sum[i] += ...
+    void (*sum_columns)(const float* in, int64_t count, double* sum);
+    void (*square_columns)(const float* in, const double* mean, int64_t count, double* sum);
+    void (*exp_columns)(const float* in, const float* minus, float* out, int64_t count, double* sum);
+    void (*norm_columns)(const float* in, float* out, int64_t count, const float* mean, const float* factor, float scale, float bias);
+    void (*lerp_row)(const float* a, const float* b, float weight, float* out, int64_t count);  // a * (1 - weight) + b * weight
+    void (*lerp_gather)(const float* in, const int32_t* low, const int32_t* high, const float* weight, float* out, int64_t count);
+    void (*gemm)(const GemmJob&);
 };
 
 const Kernels* kernels_scalar();

@@ -8,6 +8,8 @@ namespace {
 #include "spmm.h"
 #include "packers.h"
 #include "pooling.h"
+#include "activations.h"
+#include "tensor.h"
 #include "table.h"
 }  // namespace
 const Kernels* kernels_avx512() { return &kTable; }

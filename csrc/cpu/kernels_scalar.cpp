@@ -7,6 +7,8 @@ namespace {
 #include "spmm.h"
 #include "packers.h"
 #include "pooling.h"
+#include "activations.h"
+#include "tensor.h"
 #include "table.h"
 }  // namespace
 const Kernels* kernels_scalar() { return &kTable; }

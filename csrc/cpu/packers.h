@@ -16,6 +16,27 @@ void im2col(const Im2colJob& job) {
     }
 }
 
+inline uint16_t first_lanes(int64_t count) { return count >= 16 ? 0xFFFF : static_cast<uint16_t>((1u << count) - 1u); }
+
+// How a loop over rows of any length reads and writes: whole vectors, then what is left.
+struct Whole {
+    static V load(const float* p) { return loadu(p); }
+    static void store(float* p, V v) { storeu(p, v); }
+    static V keep(V v) { return v; }
+};
+struct Lanes {
+    uint16_t mask;
+    V load(const float* p) const { return load_lanes(p, mask); }
+    void store(float* p, V v) const { store_lanes(p, v, mask); }
+    V keep(V v) const { return keep_lanes(v, mask); }
+};
+template <class F>
+inline void for_vectors(int64_t count, F f) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) f(i, Whole{});
+    if (i < count) f(i, Lanes{first_lanes(count - i)});
+}
+
 // bits of [begin, end) within lanes 0..15
 inline uint16_t lane_bits(int64_t begin, int64_t end) {
     const unsigned low = begin <= 0 ? 0u : begin >= 16 ? 16u : static_cast<unsigned>(begin);
@@ -54,7 +75,7 @@ void copy_rows(const RowCopy& job) {
     }
 }
 
-void add_row(const float* a, const float* b, float* out, int64_t count, KernelAct act) {
+void add_row(const float* a, const float* b, float* out, int64_t count, Activation act) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
         V v = loadu(a + i);

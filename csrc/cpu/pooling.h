@@ -1,7 +1,6 @@
 // Pooling, one output row at a time: the window's rows are combined first, over whole vectors, then its columns.
 #pragma once
 
-
 struct Maximum {
     static float none() { return -__builtin_inff(); }
     static V combine(V a, V b) { return max_either(a, b); }
@@ -11,8 +10,6 @@ struct Sum {
     static float none() { return 0.0f; }
     static V combine(V a, V b) { return add(a, b); }
 };
-
-inline uint16_t first_lanes(int64_t count) { return count >= 16 ? 0xFFFF : static_cast<uint16_t>((1u << count) - 1u); }
 
 // scratch[left + x] = the window's rows combined at column x; the operator's neutral element around.
 template <class Op>
@@ -72,9 +69,3 @@ inline void pool_row(const PoolRow& job) {
 
 void max_pool_row(const PoolRow& job) { pool_row<Maximum>(job); }
 void sum_pool_row(const PoolRow& job) { pool_row<Sum>(job); }
-
-double sum_row(const float* in, int64_t count) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(in[i]);
-    return sum;
-}

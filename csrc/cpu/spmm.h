@@ -2,10 +2,13 @@
 // in: packed input, reached through float offsets; out: (rows, plane). T: vectors a tile, U: accumulators a vector.
 #pragma once
 
-inline V activate(V v, KernelAct act) {
-    if (act != KernelAct::none) v = max_nan(zero(), v);
-    if (act == KernelAct::relu6) v = min_nan(set1(6.0f), v);
-    return v;
+// The activations that fit the epilogue; ifs rather than a switch, which becomes an indirect jump.
+inline V activate(V v, const Activation& act) {
+    if (act.kind == Act::none) return v;
+    if (act.kind == Act::relu) return max_nan(zero(), v);
+    if (act.kind == Act::leaky_relu) return max_nan(mul(set1(act.alpha), v), v);
+    const bool six = act.kind == Act::relu6;
+    return min_nan(set1(six ? 6.0f : act.beta), max_nan(set1(six ? 0.0f : act.alpha), v));
 }
 
 // Bias, residual, activation; lanes that are no pixel become zero, which later readers rely on.
@@ -257,16 +260,19 @@ void run_dense(const SpmmJob& job) {
     for (int64_t i = 0; i < job.tile_count; ++i) table[job.tiles[i].count - 1](job, job.tiles[i]);
 }
 
-inline float finish_scalar(float v, int64_t row, const float* bias, const float* residual, KernelAct act) {
+inline float finish_scalar(float v, int64_t row, const float* bias, const float* residual, const Activation& act) {
     if (bias) v += bias[row];
     if (residual) v += residual[row];
-    if (act != KernelAct::none && v < 0.0f) v = 0.0f;
-    if (act == KernelAct::relu6 && v > 6.0f) v = 6.0f;
-    return v;
+    if (act.kind == Act::none) return v;
+    if (act.kind == Act::relu) return v < 0.0f ? 0.0f : v;
+    if (act.kind == Act::leaky_relu) return v < act.alpha * v ? act.alpha * v : v;
+    const float low = act.kind == Act::relu6 ? 0.0f : act.alpha, high = act.kind == Act::relu6 ? 6.0f : act.beta;
+    const float raised = v < low ? low : v;
+    return high < raised ? high : raised;
 }
 
 void dot_sparse(const int64_t* start, const int32_t* col, const float* value, const float* x, int64_t row_begin,
-                int64_t row_end, const float* bias, const float* residual, float* out, KernelAct act) {
+                int64_t row_end, const float* bias, const float* residual, float* out, Activation act) {
     for (int64_t row = row_begin; row < row_end; ++row) {
         int64_t i = start[row];
         const int64_t end = start[row + 1];
@@ -286,7 +292,7 @@ void dot_sparse(const int64_t* start, const int32_t* col, const float* value, co
 }
 
 void dot_dense(const float* value, int64_t cols, const float* x, int64_t row_begin, int64_t row_end, const float* bias,
-               const float* residual, float* out, KernelAct act) {
+               const float* residual, float* out, Activation act) {
     for (int64_t row = row_begin; row < row_end; ++row) {
         const float* w = value + row * cols;
         V acc[4] = {zero(), zero(), zero(), zero()};

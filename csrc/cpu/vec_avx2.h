@@ -8,6 +8,7 @@ using Shift = int;
 
 constexpr const char* kName = "avx2";
 constexpr int kDenseRows = 6, kMaxSingle = 7, kMaxShift = 4, kMaxMasked = 2, kMaxDense = 1;
+constexpr int kGemmVectors = 1;  // of a tile of the small dense product
 
 inline V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline V set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -58,4 +59,72 @@ inline float sum_lanes(V v) {
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+
+// For activations, norms and small products.
+inline V sub(V x, V y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline V mul(V x, V y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline V div(V x, V y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline V root(V x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
+inline V absolute(V x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+inline V flip(V x, V s) {  // x, its sign changed where s is negative
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_xor_ps(x.a, _mm256_and_ps(s.a, sign)), _mm256_xor_ps(x.b, _mm256_and_ps(s.b, sign))};
+}
+inline V select_lt(V x, V y, V yes, V no) {
+    return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
+            _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
+}
+inline V round_even(V x) {
+    return {_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+            _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline __m256 scale8(__m256 x, __m256 n) {  // in two steps: 2^n itself may not be a normal number
+    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
+    const __m256i low = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+    const __m256i high = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
+    return _mm256_mul_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(low)), _mm256_castsi256_ps(high));
+}
+inline V scale2(V x, V n) { return {scale8(x.a, n.a), scale8(x.b, n.b)}; }  // x * 2^n, n whole in [-150, 128]
+inline __m256 exponent8(__m256 x) {
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(_mm256_castps_si256(x), 23), _mm256_set1_epi32(127)));
+}
+inline __m256 mantissa8(__m256 x) {
+    return _mm256_or_ps(_mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFF))), _mm256_set1_ps(1.0f));
+}
+// of a positive normal number: mantissa in [1, 2) and exponent
+inline V exponent(V x) { return {exponent8(x.a), exponent8(x.b)}; }
+inline V mantissa(V x) { return {mantissa8(x.a), mantissa8(x.b)}; }
+inline void store_lanes(float* p, V v, uint16_t mask) {
+    _mm256_maskstore_ps(p, _mm256_castps_si256(lane_mask(mask & 255u)), v.a);
+    _mm256_maskstore_ps(p + 8, _mm256_castps_si256(lane_mask(mask >> 8)), v.b);
+}
+
+struct D {  // sixteen doubles
+    __m256d q[4];
+};
+#define SPARSEPRUNE_QUARTERS(expr)                   \
+    D out;                                           \
+    for (int i = 0; i < 4; ++i) out.q[i] = (expr);   \
+    return out
+inline D dset1(double x) { SPARSEPRUNE_QUARTERS(_mm256_set1_pd(x)); }
+inline D dload(const double* p) { SPARSEPRUNE_QUARTERS(_mm256_loadu_pd(p + 4 * i)); }
+inline void dstore(double* p, D v) {
+    for (int i = 0; i < 4; ++i) _mm256_storeu_pd(p + 4 * i, v.q[i]);
+}
+inline D widen(V v) {
+    return {{_mm256_cvtps_pd(_mm256_castps256_ps128(v.a)), _mm256_cvtps_pd(_mm256_extractf128_ps(v.a, 1)),
+             _mm256_cvtps_pd(_mm256_castps256_ps128(v.b)), _mm256_cvtps_pd(_mm256_extractf128_ps(v.b, 1))}};
+}
+inline D dadd(D x, D y) { SPARSEPRUNE_QUARTERS(_mm256_add_pd(x.q[i], y.q[i])); }
+inline D dsub(D x, D y) { SPARSEPRUNE_QUARTERS(_mm256_sub_pd(x.q[i], y.q[i])); }
+inline D dfma(D x, D y, D z) { SPARSEPRUNE_QUARTERS(_mm256_fmadd_pd(x.q[i], y.q[i], z.q[i])); }
+#undef SPARSEPRUNE_QUARTERS
+inline double dsum(D v) {
+    const __m256d h = _mm256_add_pd(_mm256_add_pd(v.q[0], v.q[1]), _mm256_add_pd(v.q[2], v.q[3]));
+    const __m128d p = _mm_add_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(p, _mm_unpackhi_pd(p, p)));
 }

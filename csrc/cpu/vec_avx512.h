@@ -6,6 +6,7 @@ using Shift = __m512i;  // lane numbers of a shift over two registers
 
 constexpr const char* kName = "avx512";
 constexpr int kDenseRows = 8, kMaxSingle = 14, kMaxShift = 14, kMaxMasked = 5, kMaxDense = 3;
+constexpr int kGemmVectors = 4;  // of a tile of the small dense product
 
 inline V zero() { return _mm512_setzero_ps(); }
 inline V set1(float x) { return _mm512_set1_ps(x); }
@@ -39,4 +40,41 @@ inline float sum_lanes(V v) {
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+
+// For activations, norms and small products.
+inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V div(V a, V b) { return _mm512_div_ps(a, b); }
+inline V root(V a) { return _mm512_sqrt_ps(a); }
+inline V absolute(V a) { return _mm512_abs_ps(a); }
+inline V flip(V a, V sign) {  // a, its sign changed where sign is negative
+    return _mm512_xor_ps(a, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
+}
+inline V select_lt(V a, V b, V yes, V no) { return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), yes); }
+inline V round_even(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline V scale2(V a, V n) { return _mm512_scalef_ps(a, n); }  // a * 2^n, n whole in [-150, 128]
+// of a positive normal number: mantissa in [1, 2) and exponent
+inline V exponent(V a) { return _mm512_getexp_ps(a); }
+inline V mantissa(V a) { return _mm512_getmant_ps(a, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero); }
+inline void store_lanes(float* p, V v, uint16_t mask) { _mm512_mask_storeu_ps(p, mask, v); }
+
+struct D {  // sixteen doubles
+    __m512d a, b;
+};
+inline D dset1(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
+inline D dload(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+inline void dstore(double* p, D v) {
+    _mm512_storeu_pd(p, v.a);
+    _mm512_storeu_pd(p + 8, v.b);
+}
+inline D widen(V v) { return {_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))}; }
+inline D dadd(D x, D y) { return {_mm512_add_pd(x.a, y.a), _mm512_add_pd(x.b, y.b)}; }
+inline D dsub(D x, D y) { return {_mm512_sub_pd(x.a, y.a), _mm512_sub_pd(x.b, y.b)}; }
+inline D dfma(D x, D y, D z) { return {_mm512_fmadd_pd(x.a, y.a, z.a), _mm512_fmadd_pd(x.b, y.b, z.b)}; }
+inline double dsum(D v) {
+    const __m512d h = _mm512_add_pd(v.a, v.b);
+    const __m256d q = _mm256_add_pd(_mm512_castpd512_pd256(h), _mm512_extractf64x4_pd(h, 1));
+    const __m128d p = _mm_add_pd(_mm256_castpd256_pd128(q), _mm256_extractf128_pd(q, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(p, _mm_unpackhi_pd(p, p)));
 }

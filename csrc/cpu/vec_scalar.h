@@ -8,6 +8,7 @@ using Shift = int;
 
 constexpr const char* kName = "scalar";
 constexpr int kDenseRows = 4, kMaxSingle = 4, kMaxShift = 4, kMaxMasked = 2, kMaxDense = 1;
+constexpr int kGemmVectors = 1;  // of a tile of the small dense product
 
 #define SPARSEPRUNE_LANES(expr)             \
     V out;                                  \
@@ -38,4 +39,63 @@ inline float sum_lanes(const V& v) {
     for (int i = 0; i < 8; ++i) s[i] = v.f[i] + v.f[i + 8];
     return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
+
+// For activations, norms and small products.
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float from_bits(uint32_t bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+}
+inline V sub(const V& a, const V& b) { SPARSEPRUNE_LANES(a.f[i] - b.f[i]); }
+inline V mul(const V& a, const V& b) { SPARSEPRUNE_LANES(a.f[i] * b.f[i]); }
+inline V div(const V& a, const V& b) { SPARSEPRUNE_LANES(a.f[i] / b.f[i]); }
+inline V root(const V& a) { SPARSEPRUNE_LANES(__builtin_sqrtf(a.f[i])); }  // an instruction, by -fno-math-errno
+inline V absolute(const V& a) { SPARSEPRUNE_LANES(__builtin_fabsf(a.f[i])); }
+inline V flip(const V& a, const V& sign) {  // a, its sign changed where sign is negative
+    SPARSEPRUNE_LANES(from_bits(bits_of(a.f[i]) ^ (bits_of(sign.f[i]) & 0x80000000u)));
+}
+inline V select_lt(const V& a, const V& b, const V& yes, const V& no) { SPARSEPRUNE_LANES(a.f[i] < b.f[i] ? yes.f[i] : no.f[i]); }
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a sum with it has no bits for a fraction
+inline V round_even(const V& a) { SPARSEPRUNE_LANES((a.f[i] + kRounder) - kRounder); }  // |a| < 2^22
+inline float power2(int32_t n) { return from_bits(static_cast<uint32_t>(n + 127) << 23); }
+inline float scale_one(float a, float n) {  // in two steps: 2^n itself may not be a normal number
+    const int32_t whole = static_cast<int32_t>(bits_of(n + kRounder) - bits_of(kRounder));
+    return a * power2(whole >> 1) * power2(whole - (whole >> 1));
+}
+inline V scale2(const V& a, const V& n) { SPARSEPRUNE_LANES(scale_one(a.f[i], n.f[i])); }  // a * 2^n, n whole in [-150, 128]
+// of a positive normal number: mantissa in [1, 2) and exponent
+inline V exponent(const V& a) { SPARSEPRUNE_LANES(static_cast<float>(static_cast<int32_t>(bits_of(a.f[i]) >> 23) - 127)); }
+inline V mantissa(const V& a) { SPARSEPRUNE_LANES(from_bits((bits_of(a.f[i]) & 0x7FFFFFu) | 0x3F800000u)); }
+inline void store_lanes(float* p, const V& v, uint16_t mask) {
+    for (int i = 0; i < 16; ++i)
+        if ((mask >> i) & 1) p[i] = v.f[i];
+}
 #undef SPARSEPRUNE_LANES
+
+struct D {  // sixteen doubles
+    double f[16];
+};
+#define SPARSEPRUNE_DOUBLES(expr)                   \
+    D out;                                          \
+    for (int i = 0; i < 16; ++i) out.f[i] = (expr); \
+    return out
+inline D dset1(double x) { SPARSEPRUNE_DOUBLES(x); }
+inline D dload(const double* p) { SPARSEPRUNE_DOUBLES(p[i]); }
+inline void dstore(double* p, const D& v) {
+    for (int i = 0; i < 16; ++i) p[i] = v.f[i];
+}
+inline D widen(const V& v) { SPARSEPRUNE_DOUBLES(static_cast<double>(v.f[i])); }
+inline D dadd(const D& x, const D& y) { SPARSEPRUNE_DOUBLES(x.f[i] + y.f[i]); }
+inline D dsub(const D& x, const D& y) { SPARSEPRUNE_DOUBLES(x.f[i] - y.f[i]); }
+inline D dfma(const D& x, const D& y, const D& z) { SPARSEPRUNE_DOUBLES(x.f[i] * y.f[i] + z.f[i]); }
+#undef SPARSEPRUNE_DOUBLES
+inline double dsum(const D& v) {
+    double s[4];
+    for (int i = 0; i < 4; ++i) s[i] = (v.f[i] + v.f[i + 8]) + (v.f[i + 4] + v.f[i + 12]);
+    return (s[0] + s[2]) + (s[1] + s[3]);
+}

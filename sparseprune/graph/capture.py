@@ -7,11 +7,12 @@ decision of the model's own code, with fewer; at last with the example's sizes o
 from __future__ import annotations
 
 import os
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,15 @@ from ..errors import UnsupportedError
 from . import passes
 from .ir import Graph
 from .lower import lower
+from .segments import Segmented, split
 from .shapes import ShapeDependentError
 from .snapshot import snapshot
 
-__all__ = ["Captured", "capture"]
+__all__ = ["Captured", "CapturedSegments", "ExportError", "capture", "capture_segments", "check_dtypes", "unwrap"]
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _Place = tuple[int, int]  # (which leaf of args, which dimension)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,35 +73,84 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, optimize: bool = True) -
         raise TypeError(f"args: expected a tuple of positional arguments, got {type(args).__name__}; for one x: (x,)")
     leaves, in_spec = tree_flatten(args)
     _check_leaves(leaves)
-    frozen = snapshot(_unwrap(model))
-    for name, parameter in frozen.named_parameters():
-        if (parameter.is_floating_point() or parameter.is_complex()) and parameter.dtype != torch.float32:
-            raise UnsupportedError(f"parameter '{name}' is {parameter.dtype}, only torch.float32 is supported")
+    frozen = snapshot(unwrap(model))
+    _check_parameters(frozen)
     device = next((tensor.device for tensor in frozen.parameters()), torch.device("cpu"))
     # detach makes each leaf an object of its own, also where one tensor is passed twice.
     leaves = [leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    graph, out_spec, notes = _first_success(frozen, leaves, in_spec)
-    constants = {place: leaf for place, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
-    return Captured(passes.optimize(graph) if optimize else graph, in_spec, out_spec, constants, tuple(notes))
+    found = _first_success(frozen, leaves, in_spec, lower)
+    shapes = [item.shape for item in found.result.inputs]
+    graph = passes.optimize(found.result) if optimize else found.result
+    return Captured(graph, in_spec, found.out_spec, _constants(leaves), tuple(_notes(shapes, leaves, found)))
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+@dataclass(frozen=True, eq=False)
+class CapturedSegments:
+    """A captured model that is not wholly native; `in_spec` and `constants` as those of `Captured`."""
+
+    segmented: Segmented
+    in_spec: TreeSpec
+    constants: dict[int, object]
+    notes: tuple[str, ...]
+
+
+def capture_segments(model: nn.Module, args: tuple[Any, ...]) -> CapturedSegments:
+    """Exports a model that `capture` refused, and cuts it into native and torch segments.
+
+    Raises:
+        ExportError: It cannot be exported either.
+        UnsupportedError: A dtype, or an output, that no segment can have, or a state that calls change.
+    """
+    leaves, in_spec = tree_flatten(args)
+    _check_leaves(leaves, integers=True)
+    frozen = snapshot(unwrap(model), own=True).cpu()
+    _check_parameters(frozen)
+    leaves = [leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    found = _first_success(frozen, leaves, in_spec, split)
+    notes = _notes([shape for _, shape, _ in found.result.inputs], leaves, found)
+    return CapturedSegments(found.result, in_spec, _constants(leaves), (*notes, *found.result.notes))
+
+
+def check_dtypes(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Raises `UnsupportedError` for parameters and inputs of a floating dtype that is not float32, or complex ones."""
+    _check_parameters(unwrap(model))
+    for place, leaf in enumerate(tree_flatten(args)[0]):
+        if isinstance(leaf, Tensor):
+            _check_leaf(place, leaf, integers=True)
+
+
+def _check_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if (parameter.is_floating_point() or parameter.is_complex()) and parameter.dtype != torch.float32:
+            raise UnsupportedError(f"parameter '{name}' is {parameter.dtype}, only torch.float32 is supported")
+
+
+def _constants(leaves: list[Any]) -> dict[int, object]:
+    return {place: leaf for place, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile` and data parallel wrappers."""
     if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-        return _unwrap(inner)
+        return unwrap(inner)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return _unwrap(model.module)
+        return unwrap(model.module)
     return model
 
 
-def _check_leaves(leaves: list[Any]) -> None:
+def _check_leaves(leaves: list[Any], integers: bool = False) -> None:
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise ValueError("args: expected at least one tensor, got none")
     for place, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.dtype != torch.float32:
-            raise UnsupportedError(f"args, leaf {place}: is {leaf.dtype}, only torch.float32 is supported")
-        if isinstance(leaf, Tensor) and leaf.numel() == 0:
-            raise ValueError(f"args, leaf {place}: expected elements, got shape {tuple(leaf.shape)}")
+        if isinstance(leaf, Tensor):
+            _check_leaf(place, leaf, integers)
+            if leaf.numel() == 0:
+                raise ValueError(f"args, leaf {place}: expected elements, got shape {tuple(leaf.shape)}")
+
+
+def _check_leaf(place: int, leaf: Tensor, integers: bool) -> None:
+    if leaf.dtype != torch.float32 and not (integers and not leaf.is_floating_point() and not leaf.is_complex()):
+        raise UnsupportedError(f"args, leaf {place}: is {leaf.dtype}, only torch.float32 is supported")
 
 
 class _PinnedError(Exception):
@@ -109,8 +161,19 @@ class _PinnedError(Exception):
         self.reasons = reasons
 
 
-def _first_success(model: nn.Module, leaves: list[Any], in_spec: TreeSpec) -> tuple[Graph, TreeSpec, list[str]]:
-    """Tries with ever fewer dynamic sizes."""
+@dataclass(frozen=True)
+class _Found(Generic[_T]):
+    result: _T
+    out_spec: TreeSpec
+    dynamic: set[_Place]
+    fixed: dict[_Place, str]
+
+
+_Finish = Callable[[ExportedProgram, dict[str, Any]], _T]
+
+
+def _first_success(model: nn.Module, leaves: list[Any], in_spec: TreeSpec, finish: _Finish[_T]) -> _Found[_T]:
+    """Tries with ever fewer dynamic sizes; `finish` makes of an export and its output tree what is wanted."""
     places = [(place, dim) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
               for dim in range(leaf.ndim) if dim != 1]  # fmt: skip
     plans = [places, [(place, dim) for place, dim in places if dim == 0], []]
@@ -119,37 +182,40 @@ def _first_success(model: nn.Module, leaves: list[Any], in_spec: TreeSpec) -> tu
     while plans:
         dynamic = {place for place in plans[0] if place not in fixed}
         try:
-            graph, out_spec = _attempt(model, leaves, in_spec, dynamic)
+            result, out_spec = _attempt(model, leaves, in_spec, dynamic, finish)
         except _PinnedError as error:
             fixed |= error.reasons
             continue
-        except (ShapeDependentError, _ExportError) as error:
+        except (ShapeDependentError, ExportError) as error:
             last = error
             for place in set(plans.pop(0)) - set(plans[0] if plans else ()):
                 fixed.setdefault(place, "the model cannot be captured with it open")
             while plans and dynamic == {place for place in plans[0] if place not in fixed}:
                 plans.pop(0)  # nothing new to try
             continue
-        return graph, out_spec, _notes(graph, leaves, dynamic, fixed)
+        return _Found(result, out_spec, dynamic, fixed)
     assert last is not None
     raise last
 
 
-def _notes(graph: Graph, leaves: list[Any], dynamic: set[_Place], fixed: dict[_Place, str]) -> list[str]:
+def _notes(shapes: Iterable[Sequence[int | str]], leaves: list[Any], found: _Found[Any]) -> list[str]:
     """Why sizes are fixed, those that export fixed unasked included (`max_pool1d` does so, and a size of 1)."""
     tensors = (place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    for place, spec in zip(tensors, graph.inputs, strict=True):
-        for dim, size in enumerate(spec.shape):
-            if isinstance(size, int) and (place, dim) in dynamic:
+    fixed = dict(found.fixed)
+    for place, shape in zip(tensors, shapes, strict=True):
+        for dim, size in enumerate(shape):
+            if isinstance(size, int) and (place, dim) in found.dynamic:
                 fixed[place, dim] = "torch.export fixes it"
     return [f"args, leaf {place}, dimension {dim}: {why}" for (place, dim), why in sorted(fixed.items())]
 
 
-class _ExportError(UnsupportedError):
+class ExportError(UnsupportedError):
     """`torch.export` could not follow the model's code."""
 
 
-def _attempt(model: nn.Module, leaves: list[Any], in_spec: TreeSpec, dynamic: set[_Place]) -> tuple[Graph, TreeSpec]:
+def _attempt(
+    model: nn.Module, leaves: list[Any], in_spec: TreeSpec, dynamic: set[_Place], finish: _Finish[_T]
+) -> tuple[_T, TreeSpec]:
     # Export takes a size of 1 for a constant: a batch of one is shown to it twice.
     doubled = {place for place, dim in dynamic if dim == 0 and leaves[place].shape[0] == 1}
     example = [torch.cat([leaf, leaf]) if place in doubled else leaf for place, leaf in enumerate(leaves)]
@@ -162,13 +228,15 @@ def _attempt(model: nn.Module, leaves: list[Any], in_spec: TreeSpec, dynamic: se
             exported = export(model, tree_unflatten(example, in_spec), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # export raises what the model's own code raises, too
         text = str(error).strip().split("\n\n")[0]
-        raise _ExportError(f"torch.export could not capture the model: {type(error).__name__}: {text}") from error
+        raise ExportError(f"torch.export could not capture the model: {type(error).__name__}: {text}") from error
     if pinned := _pinned(exported, doubled):
         raise _PinnedError(pinned)
     out_spec = exported.call_spec.out_spec
     if out_spec is None:
         raise UnsupportedError("torch.export did not record how the outputs are nested")
-    return lower(exported, _output_tree(exported, out_spec)), out_spec
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, when it copies its own tree specs to decompose
+        return finish(exported, _output_tree(exported, out_spec)), out_spec
 
 
 def _pinned(exported: ExportedProgram, doubled: set[int]) -> dict[_Place, str]:

@@ -17,8 +17,10 @@ __all__ = ["OPS", "BlockCSRLike", "Graph", "Input", "Node", "Weight", "pack_csr"
 
 Array = NDArray[Any]
 
-OPS = frozenset({"conv", "linear", "max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "add", "act",
-                 "flatten"})  # fmt: skip
+OPS = frozenset({"conv", "linear", "max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "add", "sub",
+                 "mul", "div", "maximum", "minimum", "act", "prelu", "flatten", "constant", "reshape", "permute",
+                 "expand", "slice", "index_select", "roll", "concat", "pad", "resize", "pixel_shuffle",
+                 "channel_shuffle", "reduce", "softmax", "layer_norm", "group_norm", "matmul"})  # fmt: skip
 
 _MAX_U16_COLUMNS = 1 << 16
 
@@ -73,7 +75,7 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """An operator. `scale` and `shift` (float64, `(C,)`) belong to `scale_shift`, which `passes` folds or lowers away.
+    """An operator. `gain` and `shift` (float64, `(C,)`) belong to `scale_shift`, which `passes` folds or lowers away.
 
     Attributes:
         op: One of `OPS`, or `scale_shift` before `passes.optimize`.
@@ -81,7 +83,9 @@ class Node:
         inputs: Numbers of the values it reads.
         weight: A key of `Graph.weights`.
         bias: A key of `Graph.biases`.
+        scale: Another key of `Graph.biases`: the factors of a norm, or the slopes of `prelu`.
         attrs: As in `docs/program.md`.
+        broadcasts: Its operands may differ in shape, so it is no residual; for `passes` only.
     """
 
     op: str
@@ -90,8 +94,10 @@ class Node:
     attrs: dict[str, Any] = field(default_factory=dict)
     weight: str | None = None
     bias: str | None = None
-    scale: Array | None = None
+    scale: str | None = None
+    gain: Array | None = None
     shift: Array | None = None
+    broadcasts: bool = False
 
     @property
     def act(self) -> str:
@@ -132,14 +138,15 @@ class Graph:
         arrays: dict[str, Array] = {}
         for name in self._used("weight"):
             arrays.update(_weight_arrays(name, self.weights[name]))
-        for name in self._used("bias"):
+        for name in self._used("bias", "scale"):
             arrays[name] = _float32(name, self.biases[name])
         # safetensors writes the memory as it lies, so a strided array would be stored scrambled.
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         return bytes(save(contiguous, metadata={"sparseprune": self.to_json()}))
 
-    def _used(self, kind: str) -> list[str]:
-        return list(dict.fromkeys(name for node in self.nodes if (name := getattr(node, kind)) is not None))
+    def _used(self, *kinds: str) -> list[str]:
+        names = (getattr(node, kind) for node in self.nodes for kind in kinds)
+        return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def pack_csr(dense: Array) -> tuple[Array, Array, Array]:
@@ -197,5 +204,5 @@ def _weight_arrays(name: str, weight: Weight) -> dict[str, Array]:
 def _node_json(node: Node) -> dict[str, Any]:
     if node.op not in OPS:
         raise ValueError(f"layer '{node.name}': a program has no operator '{node.op}'; run passes.optimize first")
-    named = {key: value for key in ("weight", "bias") if (value := getattr(node, key)) is not None}
+    named = {key: value for key in ("weight", "bias", "scale") if (value := getattr(node, key)) is not None}
     return {"op": node.op, "name": node.name, "inputs": list(node.inputs), **named, "attrs": node.attrs}

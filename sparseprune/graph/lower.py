@@ -2,15 +2,17 @@
 
 The exported graph is not functional: `relu_` writes its input's memory, and a view shares it. So an fx node does not
 name a value but a `Cell`, one piece of memory; an in-place operator replaces the cell's value, and whoever reads the
-memory later, by whatever name, reads the new one. Only views of a whole tensor are known here, so a cell has one value,
-and a view is no operator: a reader of a view gets the cell's value, flattened if that is what the view's shape says.
+memory later, by whatever name, reads the new one. A view of a whole tensor that keeps the order of its elements is no
+operator: it is another name of the cell, and its reader gets the cell's value, reshaped. Other views (`x[:, 1:]`,
+`x.mT`) are operators with cells of their own; to write memory that has such views takes the functional form of the
+graph, which torch makes.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from ..errors import UnsupportedError
 from .ir import Graph, Input, Node, Weight
 from .naming import Names, describe, operator_name
-from .shapes import ShapeDependentError, Symbols, known_equal, known_same
+from .shapes import ShapeDependentError, Symbols, known_equal, known_same, static
 
 __all__ = ["Lowering", "UnknownOperatorError", "lower"]
 
@@ -32,16 +34,30 @@ class UnknownOperatorError(UnsupportedError):
     """An operator without an entry in the table: decompositions may still help."""
 
 
+class AmbiguousWriteError(UnsupportedError):
+    """What the model computes depends on how its tensors lie in memory."""
+
+
 @dataclass(eq=False)
 class Cell:
     """A piece of memory: the number of its present value, and the fx nodes that are names of it.
 
-    `unsure` is set once a name may as well be a copy (`reshape` of a strided tensor is one).
+    `unsure` is set once a name may as well be a copy (`reshape` of a strided tensor is one), `partial` once another
+    cell is a part of this memory, or this of another's.
     """
 
     value: int
     names: list[fx.Node] = field(default_factory=list)
     unsure: bool = False
+    partial: bool = False
+
+
+class _Names(Names):
+    def helper(self, node: fx.Node, op: str) -> str:
+        """A name for what is emitted besides the layer's own operator."""
+        name = f"{self._name(node)}.{op}"
+        count = self.used[name] = self.used.get(name, -1) + 1
+        return f"{name}@{count}" if count else name
 
 
 def lower(exported: ExportedProgram, tree: dict[str, Any]) -> Graph:
@@ -54,16 +70,33 @@ def lower(exported: ExportedProgram, tree: dict[str, Any]) -> Graph:
     Raises:
         UnsupportedError: Naming the operator, its layer, and what was tried.
     """
-    try:
-        return Lowering(exported).run(tree)
-    except UnknownOperatorError as first:
+    # Undecomposed; functional, undecomposed; functional, decomposed.
+    forms: list[Callable[[], ExportedProgram]] = [
+        lambda: exported, lambda: exported.run_decompositions({}), exported.run_decompositions
+    ]  # fmt: skip
+    errors: list[UnsupportedError] = []
+    for form in forms:
         try:
-            return Lowering(exported.run_decompositions()).run(tree)
-        except ShapeDependentError:
-            raise
-        except UnsupportedError as second:
-            after = "" if str(first) == str(second) else f", where {second}"
-            raise UnsupportedError(f"{first} (tried: the exported graph, then its decompositions{after})") from second
+            return Lowering(_formed(form)).run(tree)
+        except UnsupportedError as error:
+            errors.append(error)
+            if isinstance(error, AmbiguousWriteError):
+                raise
+            if isinstance(errors[0], ShapeDependentError):
+                break
+    shapes = next((error for error in errors if isinstance(error, ShapeDependentError)), None)
+    if shapes is not None:
+        raise shapes
+    first, last = str(errors[0]), str(errors[-1])
+    after = "" if first == last else f", where {last}"
+    raise UnsupportedError(f"{first} (tried: the exported graph, then its decompositions{after})") from errors[0]
+
+
+def _formed(form: Callable[[], ExportedProgram]) -> ExportedProgram:
+    try:
+        return form()
+    except Exception as error:  # whatever torch's tracing raises
+        raise UnsupportedError(f"torch could not decompose the graph: {type(error).__name__}: {error}") from error
 
 
 class Lowering:
@@ -71,7 +104,7 @@ class Lowering:
 
     def __init__(self, exported: ExportedProgram) -> None:
         self.exported = exported
-        self.names = Names(exported)
+        self.names = _Names(exported)
         self.symbols = Symbols()
         self.inputs: list[Input] = []
         self.nodes: list[Node] = []
@@ -79,8 +112,10 @@ class Lowering:
         self.weights: dict[str, Weight] = {}
         self.biases: dict[str, Any] = {}
         self.cells: dict[fx.Node, Cell] = {}
+        self.lists: dict[fx.Node, list[Cell]] = {}  # of operators with several results
         self.constants: dict[fx.Node, Any] = {}
-        self.flattened: dict[int, int] = {}
+        self.reshaped: dict[tuple[Any, ...], int] = {}
+        self.constant_values: dict[tuple[Any, ...], int] = {}
         self.weight_names: dict[tuple[Any, ...], str] = {}
         self.frozen_storages: set[int] = set()
         self.dead = _dead_nodes(exported.graph)
@@ -100,20 +135,91 @@ class Lowering:
         return isinstance(item, fx.Node) and item in self.cells
 
     def value(self, item: object, node: fx.Node) -> int:
-        """The number of the value that `node` reads through `item`; emits a flatten where `item` is a flat view."""
-        if not isinstance(item, fx.Node) or item not in self.cells:
-            raise UnsupportedError(f"{describe(node)}: expected a computed tensor as input, got the constant {item}")
-        shape, value = item.meta["val"].shape, self.cells[item].value
-        if known_same(self.shapes[value], shape):
-            return value
-        if len(shape) == 2 and known_equal(shape[0], self.shapes[value][0]):
-            if value not in self.flattened:
-                self.flattened[value] = self._append(Node("flatten", self.names.of(item), (value,)), shape)
-            return self.flattened[value]
+        """The number of the value that `node` reads through `item`: a tensor, computed or constant, or a number."""
+        if isinstance(item, fx.Node) and item in self.cells:
+            return self.reshape(self.cells[item].value, item.meta["val"].shape, item)
+        found = self.scalar(item)
+        if isinstance(found, bool | int | float):
+            found = torch.tensor(found)
+        if isinstance(found, torch.SymInt | torch.SymFloat):
+            raise ShapeDependentError(f"{describe(node)}: computes with the number {found}, which depends on sizes")
+        if not isinstance(found, Tensor):
+            raise UnsupportedError(f"{describe(node)}: expected a tensor as input, got {item}")
+        return self._constant_value(found, node)
+
+    def _constant_value(self, tensor: Tensor, node: fx.Node) -> int:
+        tensor = tensor.detach().float()
+        key: tuple[Any, ...] = (len(self.constant_values),)
+        if tensor.numel() == 1:
+            key = (tuple(tensor.shape), "number", float(tensor).hex())
+        elif self._is_frozen(tensor):
+            key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if key not in self.constant_values:
+            shape = list(tensor.shape) or [1]
+            held = {"attrs": {"shape": shape}, "bias": self.add_bias(tensor)}
+            self.constant_values[key] = self.emit(node, "constant", [], shape, helper=True, **held)
+        return self.constant_values[key]
+
+    def producer(self, value: int) -> Node | None:
+        """The node that computes a value, None for an input."""
+        return self.nodes[value - len(self.inputs)] if value >= len(self.inputs) else None
+
+    def reshape(self, value: int, shape: Sequence[Any], node: fx.Node) -> int:
+        """The value with this shape: itself where it has it, else a reshape of what is behind its own reshapes."""
+        chain = [value]
+        while (before := self.producer(chain[-1])) is not None and before.op in ("reshape", "flatten"):
+            chain.append(before.inputs[0])
+        for source in chain:
+            if known_same(self.shapes[source], shape):
+                return source
+        if (shuffled := self._channel_shuffle(chain[-1], shape, node)) is not None:
+            return shuffled
+        for source in reversed(chain):
+            own = self.shapes[source]
+            sizes = self.symbols.encode(shape, own, infer=True)
+            if sizes is None:
+                continue
+            flat = len(shape) == 2 and len(own) in (3, 4) and known_equal(shape[0], own[0])
+            if (key := (source, *sizes)) not in self.reshaped:
+                op = "flatten" if flat else "reshape"
+                attrs = {} if flat else {"shape": sizes}
+                self.reshaped[key] = self.emit(node, op, [source], shape, helper=True, attrs=attrs)
+            return self.reshaped[key]
         raise ShapeDependentError(
-            f"{describe(item)}: a view of {tuple(self.shapes[value])} as {tuple(shape)} is neither the identity nor a "
-            f"flatten from dimension 1, and {describe(node)} reads it"
+            f"{describe(node)}: a view of {tuple(self.shapes[value])} as {tuple(shape)} depends on more than one size"
         )
+
+    def _channel_shuffle(self, value: int, shape: Sequence[Any], node: fx.Node) -> int | None:
+        """(N, C, …) as (N, g, C/g, …), permuted to (N, C/g, g, …), as (N, C, …) again."""
+        permute = self.producer(value)
+        if permute is None or permute.op != "permute" or len(shape) < 3:
+            return None
+        axes, split = permute.attrs["axes"], self.producer(permute.inputs[0])
+        if split is None or split.op != "reshape" or axes != [0, 2, 1, *range(3, len(shape) + 1)]:
+            return None
+        middle, source = self.shapes[permute.inputs[0]], split.inputs[0]
+        rest = known_same([middle[0], *middle[3:]], [shape[0], *shape[2:]])
+        if not rest or not known_same(self.shapes[source], shape) or (groups := static(middle[1])) is None:
+            return None
+        return self.emit(node, "channel_shuffle", [source], shape, attrs={"groups": groups})
+
+    def permute(self, value: int, axes: Sequence[int], node: fx.Node) -> int:
+        """Merged with a permute before it."""
+        axes = list(axes)
+        if (before := self.producer(value)) is not None and before.op == "permute":
+            value, axes = before.inputs[0], [before.attrs["axes"][axis] for axis in axes]
+        if axes == list(range(len(axes))):
+            return value
+        return self.emit(node, "permute", [value], [self.shapes[value][axis] for axis in axes], attrs={"axes": axes})
+
+    def again(self, value: int, source: int, node: fx.Node) -> int:
+        """What made `value` of a tensor of `source`'s shape, done to `source`."""
+        before = self.producer(value)
+        assert before is not None
+        if before.op in ("reshape", "flatten"):
+            return self.reshape(source, self.shapes[value], node)
+        name = self.names.helper(node, before.op)
+        return self._append(replace(before, name=name, inputs=(source,)), self.shapes[value])
 
     def underlying(self, item: fx.Node) -> tuple[int, Sequence[Any]]:
         """The value of the memory, and the value's own shape, whatever the view."""
@@ -133,7 +239,8 @@ class Lowering:
         """A Python or symbolic number for an argument that may be an fx node."""
         if not isinstance(item, fx.Node):
             return item
-        return self.constants[item] if item in self.constants else item.meta["val"]
+        found = self.constants[item] if item in self.constants else item.meta["val"]
+        return None if isinstance(found, Tensor) and item not in self.constants else found
 
     def add_weight(self, tensor: Tensor) -> str:
         """Registers a copy; a parameter that several layers share stays one weight."""
@@ -152,17 +259,32 @@ class Lowering:
         return name
 
     def emit(
-        self, node: fx.Node, op: str, inputs: Sequence[int], shape: Sequence[Any] | None = None, **rest: Any
+        self,
+        node: fx.Node,
+        op: str,
+        inputs: Sequence[int],
+        shape: Sequence[Any] | None = None,
+        *,
+        helper: bool = False,
+        **rest: Any,
     ) -> int:
-        """Appends an operator of ours; `shape` only where it is not the fx node's. Returns its value's number."""
+        """Appends an operator of ours; `shape` only where it is not the fx node's. Returns its value's number.
+
+        A `helper` leaves the layer's name to another operator.
+        """
         if shape is None:
             result = node.meta["val"]
             shape = (result[0] if isinstance(result, tuple | list) else result).shape
-        return self._append(Node(op, self.names.of(node), tuple(inputs), **rest), shape)
+        name = self.names.helper(node, op) if helper else self.names.of(node)
+        return self._append(Node(op, name, tuple(inputs), **rest), shape)
 
     # ---- the walk
 
     def _append(self, node: Node, shape: Sequence[Any]) -> int:
+        if not 1 <= len(shape) <= 8:
+            raise UnsupportedError(f"layer '{node.name}': expected tensors of 1 to 8 dimensions, got {len(shape)}")
+        if any(static(size) == 0 for size in shape):
+            raise UnsupportedError(f"layer '{node.name}': a tensor without elements is not supported")
         self.nodes.append(node)
         self.shapes.append(shape)
         return len(self.shapes) - 1
@@ -196,12 +318,13 @@ class Lowering:
             self._fold(node)
         elif _is_size(node.meta.get("val")):
             self._size(node)
-        elif node.target is operator.getitem and node.args[0] in self.cells:
-            if node.args[1] != 0:
+        elif node.target is operator.getitem and node.args[0] in self.lists:
+            cells = self.lists[node.args[0]]  # type: ignore[index]
+            if node.args[1] >= len(cells):  # type: ignore[operator]
                 raise UnsupportedError(f"{describe(node.args[0])}: only its first result is supported, not the indices")
-            self.cells[node] = self.cells[node.args[0]]  # type: ignore[index]
+            self.cells[node] = cells[node.args[1]]  # type: ignore[index]
+            self.cells[node].names.append(node)
         else:
-            self._check_dtype(node, node.meta.get("val"))
             self._operator(node)
 
     def _fold(self, node: fx.Node) -> None:
@@ -221,30 +344,43 @@ class Lowering:
             raise UnknownOperatorError(f"{describe(node)}: a number that depends on the data is not supported")
 
     def _operator(self, node: fx.Node) -> None:
-        from .operators import COPIES, TABLE, VIEWS, bind
+        from .operators import COPIES, IDENTITIES, TABLE, VIEWS, bind
 
-        name = operator_name(node)
-        namespace, _, base = name.partition("::")
-        source = node.args[0] if node.args and self.is_value(node.args[0]) else None
+        namespace, _, base = operator_name(node).partition("::")
         written = _written(node)
-        if namespace != "aten":
+        entry = TABLE.get(base.rstrip("_") if written else base) if namespace == "aten" else None
+        known = entry is not None or (namespace == "aten" and (base in VIEWS or base in COPIES))
+        if _is_pure(node) and not any(item in self.cells or item in self.lists for item in node.all_input_nodes):
+            if not known or _dtype(node) != torch.float32:
+                raise ShapeDependentError(f"{describe(node)} is computed from sizes of the inputs")
+        if not known:
             raise UnknownOperatorError(f"{describe(node)} is not supported")
-        if source is not None and base in VIEWS:
-            cell = self.cells[source]  # type: ignore[index]
-            cell.unsure |= VIEWS[base] == "perhaps a copy"
-            self._alias(node, cell)
-        elif source is not None and base in COPIES:
-            self.cells[node] = Cell(self.cells[source].value, [node])  # type: ignore[index]
-        elif (handler := TABLE.get(base.rstrip("_") if written else base)) is None:
-            raise UnknownOperatorError(f"{describe(node)} is not supported")
-        else:
-            value = handler(self, node, bind(node))
-            if written:
-                self._write(node, written[0], value)
-            elif source is not None and value == self.cells[source].value:  # type: ignore[index]
-                self._alias(node, self.cells[source])  # type: ignore[index]  # dropout gives back its input itself
+        self._check_dtype(node, node.meta.get("val"))
+        source = self.cells.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        if entry is None:
+            cell = source or Cell(self.value(node.args[0], node))
+            if base in COPIES:
+                self.cells[node] = Cell(cell.value, [node])
             else:
-                self.cells[node] = Cell(value, [node])
+                cell.unsure |= VIEWS.get(base) == "perhaps a copy"
+                self._alias(node, cell)
+            return
+        result = entry.handler(self, node, bind(node))
+        if written:
+            assert isinstance(result, int)
+            self._write(node, written[0], result)
+            return
+        if base in IDENTITIES and source is not None and result == source.value:
+            self._alias(node, source)  # dropout gives back its input itself
+            return
+        cells = [Cell(value) for value in ([result] if isinstance(result, int) else result)]
+        if source is not None and _is_view(node):
+            for cell in (source, *cells):
+                cell.partial = True
+        if isinstance(node.meta.get("val"), Tensor):
+            self._alias(node, cells[0])
+        else:
+            self.lists[node] = cells
 
     def _alias(self, node: fx.Node, cell: Cell) -> None:
         cell.names.append(node)
@@ -256,10 +392,12 @@ class Lowering:
         for name in cell.names if cell.unsure else ():
             later = (user for user in name.users if user not in self.dead and self.order[user] > self.order[node])
             if name is not target and any(later):
-                raise UnsupportedError(
+                raise AmbiguousWriteError(
                     f"{describe(node)}: writes memory that {describe(name)} may share or may have copied, and that is "
                     "read later; use the operator that is not in place"
                 )
+        if cell.partial:
+            raise UnsupportedError(f"{describe(node)}: writes memory that has other views")
         cell.value = value
         self._alias(node, cell)
 
@@ -300,6 +438,16 @@ def _written(node: fx.Node) -> list[fx.Node]:
     given = dict(enumerate(node.args))
     found = [given.get(positions[name], node.kwargs.get(name)) for name in names]
     return [item for item in found if isinstance(item, fx.Node)]
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether its result shares memory with an argument."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return any(item.alias_info is not None for item in node.target._schema.returns)
+
+
+def _dtype(node: fx.Node) -> object:
+    return getattr(node.meta.get("val"), "dtype", None)
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -1,41 +1,16 @@
 // Random layers against the double-precision oracle, every form and kind that fits, with an inaccessible page after each buffer.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cstring>
 #include <random>
 
 #include "check.h"
 #include "cpu/isa.h"
+#include "guarded.h"
 #include "plan.h"
 #include "reference.h"
 
 using namespace sparseprune;
 
 namespace {
-
-// Floats that end exactly at an inaccessible page.
-class Guarded {
-public:
-    explicit Guarded(size_t floats) : floats_(floats) {
-        const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-        const size_t body = (floats * 4 + page - 1) / page * page;
-        bytes_ = body + 2 * page;
-        base_ = static_cast<char*>(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        mprotect(base_, page, PROT_NONE);
-        mprotect(base_ + page + body, page, PROT_NONE);
-        data_ = reinterpret_cast<float*>(base_ + page + body - floats * 4);
-    }
-    ~Guarded() { munmap(base_, bytes_); }
-    Guarded(const Guarded&) = delete;
-    float* data() { return data_; }
-    size_t size() const { return floats_; }
-
-private:
-    size_t floats_, bytes_;
-    char* base_;
-    float* data_;
-};
 
 struct Case {
     std::shared_ptr<Graph> graph = std::make_shared<Graph>();
@@ -112,7 +87,8 @@ Case random_case(Random& r) {
         for (float& v : bias) v = real(r);
         node.bias = std::make_shared<const std::vector<float>>(bias);
     }
-    node.act = static_cast<Act>(pick(r, 0, 2));
+    const Activation acts[] = {{}, {Act::relu, 0, 0}, {Act::relu6, 0, 0}, {Act::leaky_relu, 0.1f, 0}, {Act::clamp, -0.2f, 0.3f}};
+    node.act = acts[pick(r, 0, 4)];
     node.weight = 0;
     node.inputs = {0};
     const bool linear = node.op == Op::linear;

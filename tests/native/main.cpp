@@ -11,6 +11,8 @@
 void test_reader();
 void test_parallel();
 void fuzz_layers(const std::string& isa, int cases);
+void test_activations(const std::string& isa);
+void fuzz_tensor(const std::string& isa, int cases);
 
 int main(int argc, char** argv) {
     const int cases = argc > 1 ? std::atoi(argv[1]) : 2000;
@@ -19,6 +21,9 @@ int main(int argc, char** argv) {
     test_reader();
     test_parallel();
     for (const std::string& isa : isas) {
+        test_activations(isa);
+        fuzz_tensor(isa, cases);
+        std::printf("%s: %d random cases of each tensor step\n", isa.c_str(), cases);
         fuzz_layers(isa, cases);
         std::printf("%s: %d random layers\n", isa.c_str(), cases);
     }

@@ -9,8 +9,40 @@ struct Reference {
     std::vector<double> value, bound;
 };
 
+// Every activation as torch defines it.
+inline double act_reference(const sparseprune::Activation& act, double x) {
+    using sparseprune::Act;
+    const double alpha = static_cast<double>(act.alpha), beta = static_cast<double>(act.beta);
+    const auto clamp = [](double v, double low, double high) { return std::isnan(v) ? v : std::fmin(std::fmax(v, low), high); };
+    switch (act.kind) {
+        case Act::none: return x;
+        case Act::relu: return x < 0 ? 0 : x;
+        case Act::relu6: return clamp(x, 0, 6);
+        case Act::leaky_relu: return x > 0 ? x : alpha * x;
+        case Act::clamp: return clamp(x, alpha, beta);
+        case Act::hardsigmoid: return clamp(x + 3, 0, 6) / 6;
+        case Act::hardswish: return x * clamp(x + 3, 0, 6) / 6;
+        case Act::sigmoid: return 1 / (1 + std::exp(-x));
+        case Act::silu: return x / (1 + std::exp(-x));
+        case Act::tanh: return std::tanh(x);
+        case Act::elu: return x > 0 ? x : alpha * std::expm1(x);
+        case Act::gelu: return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
+        case Act::gelu_tanh: return x / (1 + std::exp(-2 * std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+        case Act::mish: return x > 20 ? x : x * std::tanh(std::log1p(std::exp(x)));
+        case Act::softplus: return x > 20 ? x : std::log1p(std::exp(x));
+        case Act::exp: return std::exp(x);
+        case Act::sqrt: return std::sqrt(x);
+        case Act::rsqrt: return 1 / std::sqrt(x);
+        case Act::reciprocal: return 1 / x;
+        case Act::abs: return std::fabs(x);
+        case Act::neg: return -x;
+        case Act::square: return x * x;
+    }
+    return x;
+}
+
 // x: contiguous (N, C, H, W); weight dense; y: act(conv + bias + residual).
-// |y - y64| <= (kept + 4) * eps * (sum |w*x| + |b| + |r|); the activations add nothing (they are 1-Lipschitz and exact).
+// |y - y64| <= (kept + 4) * eps * (sum |w*x| + |b| + |r|); the activations add nothing (those of the epilogue are 1-Lipschitz and exact).
 inline Reference conv_reference(const sparseprune::Node& node, const std::vector<float>& weight, int64_t out_channels,
                                 const float* x, const std::vector<int64_t>& in, const std::vector<int64_t>& out,
                                 const float* residual) {
@@ -47,8 +79,7 @@ inline Reference conv_reference(const sparseprune::Node& node, const std::vector
                         sum += r;
                         magnitude += std::fabs(r);
                     }
-                    if (node.act != Act::none) sum = sum < 0 ? 0 : sum;
-                    if (node.act == Act::relu6) sum = sum > 6 ? 6 : sum;
+                    sum = act_reference(node.act, sum);
                     ref.value.push_back(sum);
                     ref.bound.push_back(static_cast<double>(kept + 4) * 0x1p-23 * magnitude + 1e-37);
                 }

@@ -234,7 +234,7 @@ void test_small_program() {
     const Graph graph = read(bytes);
     CHECK(graph.nodes.size() == 8 && graph.value_count() == 9 && graph.outputs == std::vector<int>({8, 2}));
     CHECK(graph.inputs[0].size == std::vector<int64_t>({-1, 2, -1, 6}) && graph.inputs[0].symbol[2] == "s1");
-    CHECK(graph.nodes[0].act == Act::relu && graph.nodes[0].weight == 0 && graph.nodes[6].weight == 1);
+    CHECK(graph.nodes[0].act.kind == Act::relu && graph.nodes[0].weight == 0 && graph.nodes[6].weight == 1);
     CHECK(*graph.nodes[0].bias == std::vector<float>({1, 2}) && !graph.nodes[6].bias);
     CHECK(graph.weights[0].sparse && !graph.weights[0].dense && dense_of(*graph.weights[0].sparse) == std::vector<float>({1, 3, 2, 0}));
     CHECK(!graph.weights[1].sparse && graph.weights[1].dense->size() == 6 && graph.weights[1].cols() == 2);
@@ -262,7 +262,7 @@ void test_hostile_graphs() {
     bad("\"inputs\":[0,0]", "\"inputs\":[-1]", "value -1");
     bad("\"inputs\":[0,0]", "\"inputs\":[0,0,0]", "3 inputs");
     bad("\"inputs\":[2,3]", "\"inputs\":[2]", "1 inputs");
-    bad("\"op\":\"conv\"", "\"op\":\"gelu\"", "unknown op 'gelu'");
+    bad("\"op\":\"conv\"", "\"op\":\"fft\"", "unknown op 'fft'");
     bad("\"weight\":\"w0\",", "", "node 0: conv 'conv': JSON byte");
     bad("\"weight\":\"w0\",", "\"weight\":\"w9\",", "no weight 'w9'");
     bad("\"weight\":\"w0\",", "\"weight\":\"w1\",", "expected 4 dimensions");
@@ -284,7 +284,11 @@ void test_hostile_graphs() {
     bad("\"padding\":[1,1,0,0]", "\"padding\":[2,1,0,0]", "attrs.padding[0]=2 is above half of kernel 2");
     bad("\"ceil_mode\":true", "\"ceil_mode\":1", "expected a boolean");
     bad("\"kernel\":[1,1]", "\"kernel\":[0,1]", "attrs.kernel[0]=0");
-    bad("\"act\":\"relu6\"", "\"act\":\"gelu\"", "attrs.act='gelu'");
+    bad("\"act\":\"relu6\"", "\"act\":\"swish\"", "attrs.act='swish' is not one of none, relu, relu6,");
+    bad("\"act\":\"relu6\"", "\"act\":\"clamp\",\"alpha\":2,\"beta\":1.5", "clamp to [2, 1.5], expected alpha <= beta");
+    bad("\"act\":\"relu6\"", "\"act\":\"elu\",\"alpha\":1e39", "is not a finite float32");
+    bad("\"act\":\"relu6\"", "\"act\":\"elu\",\"alpha\":\"1\"", "expected a number, got a string");
+    bad("\"name\":\"fc\",", "\"name\":\"fc\",\"scale\":\"b0\",", "takes no scale");
     bad("\"attrs\":{\"dims\":2,\"output_size\":[1,1]}", "\"attrs\":{\"dims\":1,\"output_size\":[2,1]}", "not neutral");
     bad("\"dims\":2", "\"dims\":3", "attrs.dims=3");
     bad("\"outputs\":[8,2]", "\"outputs\":[8,9]", "value 9");
@@ -307,7 +311,7 @@ void test_hostile_containers() {
         CHECK_THROWS(read(file_of(small_graph, arrays)), FormatError, part);
     };
     bad(0, array<float>("b1", "F32", {2}, {1, 2}), "'b0' is missing");
-    bad(0, array<float>("b0", "F32", {3}, {1, 2, 3}), "bias 'b0' has 3 elements, expected 2");
+    bad(0, array<float>("b0", "F32", {3}, {1, 2, 3}), "the array 'b0' has 3 elements, expected 2");
     bad(0, array<float>("b0", "F32", {1, 2}, {1, 2}), "expected 1 dimensions");
     bad(0, array<int32_t>("b0", "I32", {2}, {1, 2}), "is I32, expected F32");
     bad(0, array<float>("b0", "F64", {1}, {1, 2}), "dtype 'F64'");
@@ -490,7 +494,99 @@ void test_other_shapes() {
     CHECK_THROWS(infer_shapes(add, {{4, 3}, {5, 3}}), ValueError, "input 'b' dimension 0: n is 5, expected 4 as in 'a' dimension 0");
     CHECK_THROWS(infer_shapes(add, {{4, 3}, {4, 1}}), ValueError, "input 'b': expected size 3 in dimension 1, got (4, 1)");
     add.inputs[1] = {"b", {-1, -1}, {"n", "m"}};
-    CHECK_THROWS(infer_shapes(add, {{4, 3}, {4, 1}}), ValueError, "second input of shape (4, 3), got (4, 1)");
+    CHECK(infer_shapes(add, {{4, 3}, {4, 1}}).back() == Shape({4, 3}));
+    CHECK_THROWS(infer_shapes(add, {{4, 3}, {4, 2}}), ValueError, "(4, 3) and (4, 2) do not broadcast");
+}
+
+// A program of one operator, as JSON: what the reader makes of its attributes, and the shape of its value.
+Graph read_node(const std::string& op, const std::string& attrs, const std::string& more = "", const std::string& shape = R"(["n","c",6,"w"])") {
+    const bool array_used = !more.empty();
+    const std::string graph = R"({"format":"sparseprune-program","version":1,"inputs":[{"name":"x","shape":)" + shape +
+                              R"(}],"weights":{},"nodes":[{"op":")" + op + R"(","name":"layer","inputs":)" +
+                              (op == "constant" ? "[]" : op == "matmul" || op == "mul" ? "[0,0]" : "[0]") + ",\"attrs\":{" + attrs +
+                              "}" + more + R"(}],"outputs":[1],"tree":{"kind":"tensor"}})";
+    std::vector<Array> arrays;
+    if (array_used) arrays.push_back(array<float>("a", "F32", {4}, {1, 2, 3, 4}));
+    return read(file_of(graph, arrays));
+}
+
+void test_tensor_operators() {
+    const auto shape = [](const std::string& op, const std::string& attrs, const Shape& x, const std::string& more = "") {
+        return output(read_node(op, attrs, more), x);
+    };
+    const auto bad = [](const std::string& op, const std::string& attrs, const std::string& part, const std::string& more = "") {
+        CHECK_THROWS(read_node(op, attrs, more), FormatError, part);
+    };
+    const auto misfit = [&](const std::string& op, const std::string& attrs, const std::string& part, const std::string& more = "") {
+        CHECK_THROWS(shape(op, attrs, {2, 4, 6, 8}, more), ValueError, part);
+    };
+    const Shape x{2, 4, 6, 8};
+    CHECK(shape("reshape", R"("shape":["n",-2,-1])", x) == Shape({2, 2, 96}));
+    CHECK(shape("reshape", R"("shape":[-3,-1,2,2])", x) == Shape({4, 24, 2, 2}));
+    misfit("reshape", R"("shape":[5,-1])", "(2, 4, 6, 8) does not fit the shape (5, 76)");
+    misfit("reshape", R"("shape":[-1,1000])", "does not fit");
+    misfit("reshape", R"("shape":[2147483646,2147483646,2147483646])", "does not fit");
+    misfit("reshape", R"("shape":[-7])", "a dimension that its input has not");
+    bad("reshape", R"("shape":[-1,-1])", "too many sizes of -1");
+    bad("reshape", R"("shape":[0])", "shape[0]=0");
+    bad("reshape", R"("shape":["q"])", "no input has a size 'q'");
+    bad("reshape", R"("shape":[1,1,1,1,1,1,1,1,1])", "9 elements, expected 1 to 8");
+    bad("reshape", R"("shape":[])", "0 elements");
+    CHECK(shape("permute", R"("axes":[0,2,3,1])", x) == Shape({2, 6, 8, 4}));
+    misfit("permute", R"("axes":[0,1])", "expected an input of 2 dimensions");
+    bad("permute", R"("axes":[0,0,1,2])", "twice");
+    CHECK(output(read_node("expand", R"("shape":["n",7,6,-5])"), {2, 1, 6, 8}) == Shape({2, 7, 6, 8}));
+    misfit("expand", R"("shape":[2,7,6,8])", "does not expand");
+    CHECK(shape("slice", R"("axis":3,"start":-5,"end":2147483647,"step":2)", x) == Shape({2, 4, 6, 3}));
+    misfit("slice", R"("axis":3,"start":4,"end":2,"step":1)", "is empty");
+    misfit("slice", R"("axis":4,"start":0,"end":2,"step":1)", "axis 4");
+    bad("slice", R"("axis":3,"start":4,"end":2,"step":0)", "attrs.step=0");
+    CHECK(shape("index_select", R"("axis":1,"index":[3,3,0])", x) == Shape({2, 3, 6, 8}));
+    misfit("index_select", R"("axis":1,"index":[4])", "index 4 is outside");
+    bad("index_select", R"("axis":1,"index":[-1])", "attrs.index[0]=-1");
+    CHECK(shape("roll", R"("axis":3,"shift":-100)", x) == x);
+    CHECK(shape("concat", R"("axis":1)", x) == x);
+    misfit("concat", R"("axis":7)", "axis 7");
+    CHECK(shape("pad", R"("padding":[0,0,0,0,1,2,3,4],"mode":"reflect","value":0)", x) == Shape({2, 4, 9, 15}));
+    misfit("pad", R"("padding":[0,0,0,0,6,0,0,0],"mode":"reflect","value":0)", "padding of 6 is too much");
+    misfit("pad", R"("padding":[0,0,0,0,7,0,0,0],"mode":"circular","value":0)", "padding of 7 is too much");
+    misfit("pad", R"("padding":[0,0],"mode":"constant","value":0.5)", "padding for 1 dimensions");
+    bad("pad", R"("padding":[0,0],"mode":"mirror","value":0)", "is not one of constant, reflect, replicate, circular");
+    bad("pad", R"("padding":[-1,0],"mode":"constant","value":0)", "attrs.padding[0]=-1");
+    const std::string resize = R"("mode":"nearest","align_corners":false,)";
+    CHECK(shape("resize", resize + R"("size":[0,5],"scale":[2.5,0])", x) == Shape({2, 4, 15, 5}));
+    misfit("resize", resize + R"("size":[0,5],"scale":[0,0])", "neither size nor scale");
+    misfit("resize", resize + R"("size":[0,5],"scale":[0.001,0])", "neither size nor scale");
+    bad("resize", resize + R"("size":[0,5],"scale":[-1,0])", "is not 0 or in");
+    bad("resize", resize + R"("size":[0,5],"scale":[1e7,0])", "is not 0 or in");
+    CHECK(shape("pixel_shuffle", R"("factor":[2,1],"crop":[1,0])", x) == Shape({2, 2, 11, 8}));
+    misfit("pixel_shuffle", R"("factor":[3,1],"crop":[0,0])", "a multiple of 3 channels");
+    bad("pixel_shuffle", R"("factor":[3,1],"crop":[3,0])", "crop is not below factor");
+    CHECK(shape("channel_shuffle", R"("groups":2)", x) == x);
+    misfit("channel_shuffle", R"("groups":3)", "channels for 3 groups");
+    CHECK(shape("reduce", R"("kind":"max","axes":[2,0],"keepdim":false)", x) == Shape({4, 8}));
+    CHECK(shape("reduce", R"("kind":"sum","axes":[0,1,2,3],"keepdim":false)", x) == Shape({1}));
+    CHECK(shape("reduce", R"("kind":"mean","axes":[1],"keepdim":true)", x) == Shape({2, 1, 6, 8}));
+    misfit("reduce", R"("kind":"mean","axes":[5],"keepdim":true)", "axis 5");
+    bad("reduce", R"("kind":"median","axes":[1],"keepdim":true)", "is not one of mean, sum, max, min");
+    misfit("softmax", R"("axis":4)", "axis 4");
+    CHECK(shape("layer_norm", R"("axes":2,"eps":1e-5)", x) == x);
+    misfit("layer_norm", R"("axes":1,"eps":1e-5)", "an array of 4 elements, expected 8", R"(,"scale":"a")");
+    misfit("layer_norm", R"("axes":5,"eps":1e-5)", "over 5 dimensions");
+    CHECK(shape("group_norm", R"("groups":2,"eps":1e-5)", x, R"(,"scale":"a","bias":"a")") == x);
+    misfit("group_norm", R"("groups":3,"eps":1e-5)", "channels for 3 groups");
+    CHECK(shape("prelu", "", x, R"(,"scale":"a")") == x);
+    CHECK_THROWS(output(read_node("prelu", "", R"(,"scale":"a")"), {2, 5, 6, 8}), ValueError, "4 slopes for an input of (2, 5, 6, 8)");
+    bad("prelu", "", "'scale' is missing");
+    CHECK(shape("constant", R"("shape":[2,1,2])", x, R"(,"bias":"a")") == Shape({2, 1, 2}));
+    bad("constant", R"("shape":[2,1,3])", "the array 'a' has 4 elements, expected 6", R"(,"bias":"a")");
+    bad("constant", R"("shape":[2147483647,2147483647,2147483647,4])", "the array 'a' has 4 elements", R"(,"bias":"a")");
+    bad("constant", R"("shape":["n"])", "expected an integer", R"(,"bias":"a")");
+    bad("constant", R"("shape":[4])", "'bias' is missing");
+    CHECK(output(read_node("matmul", R"("transpose_b":true)"), x) == Shape({2, 4, 6, 6}));
+    CHECK_THROWS(output(read_node("matmul", R"("transpose_b":false)"), x), ValueError, "do not multiply");
+    CHECK(shape("mul", R"("act":"leaky_relu","alpha":0.1)", x) == x);
+    bad("mul", R"("act":"relu","gamma":1)", "unknown key 'gamma'");
 }
 
 }  // namespace
@@ -506,4 +602,5 @@ void test_reader() {
     test_conv_shapes();
     test_pool_shapes();
     test_other_shapes();
+    test_tensor_operators();
 }
