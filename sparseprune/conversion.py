@@ -140,7 +140,7 @@ def _convert_segments(
     natives = sum(segment.kind == "native" for segment in segmented.segments)
     _warn(
         f"the model is not one native program, it runs in {len(segmented.segments)} segments, {natives} of them "
-        "native; in torch: " + "; ".join(segmented.refused)
+        "native; in torch: " + "; ".join(_few(segmented.refused, 8))
     )
     inputs = _tensor_leaves(args)
     seen: dict[int, Sequence[Any]] = {}
@@ -182,9 +182,12 @@ def _convert_segments(
 
 
 def _segment(segment: Segment, share: float | None) -> SegmentReport:
-    names = list(dict.fromkeys(segment.operators))
-    summary = ", ".join(names[:6]) + (f", … {len(names) - 6} more" if len(names) > 6 else "")
+    summary = ", ".join(_few(list(dict.fromkeys(segment.operators)), 6))
     return SegmentReport(segment.kind, summary, segment.nodes, share)
+
+
+def _few(items: Sequence[str], most: int) -> list[str]:
+    return [*items[:most], *([f"{len(items) - most} more"] if len(items) > most else [])]
 
 
 def _segment_seconds(run: Callable[..., Any], inputs: list[Tensor], runs: int = 7) -> dict[int, float]:
@@ -239,7 +242,7 @@ def _convert_layers(
             outputs = unused()(*_own(args))
         _verify_outputs(converted, outputs, model, args)
     if tune == "measure":
-        _race(converted, fresh(), args, min_gain)
+        _race(converted, fresh(), _own(args), min_gain)
         converted.runs = unused()
         if isinstance(converted.dense, _DenseCall):
             last = converted.dense.memory is not None

@@ -139,7 +139,14 @@ def _all_values(graph: Graph, program: runtime.Program, inputs: list[Tensor]) ->
 
 def _check_layers(graph: Graph, values: list[Tensor]) -> tuple[float, ...]:
     errors = []
+    sizes = {
+        name: int(size)
+        for spec, x in zip(graph.inputs, values[: len(graph.inputs)], strict=True)
+        for name, size in zip(spec.shape, x.shape, strict=True)
+        if isinstance(name, str)
+    }
     for place, node in enumerate(graph.nodes):
+        node = replace(node, attrs={key: _sized(value, sizes) for key, value in node.attrs.items()})
         operands = [values[number] for number in node.inputs]
         single = Graph(
             inputs=tuple(Input(f"x{i}", tuple(x.shape)) for i, x in enumerate(operands)),
@@ -154,6 +161,15 @@ def _check_layers(graph: Graph, values: list[Tensor]) -> tuple[float, ...]:
         if node.weight is not None:
             errors.append(error[0])
     return tuple(errors)
+
+
+def _sized(value: Any, sizes: dict[str, int]) -> Any:
+    """An attribute without names of sizes: a node by itself does not know the program's inputs."""
+    return (
+        [sizes.get(item, item) if isinstance(item, str) else item for item in value]
+        if isinstance(value, list)
+        else value
+    )
 
 
 def _check_outputs(

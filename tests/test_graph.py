@@ -260,12 +260,6 @@ def test_in_place(function: Any) -> None:
     check(Function(function, conv=nn.Conv2d(3, 3, 1)), X)
 
 
-def test_a_view_that_is_written_cannot_be_read_unflattened() -> None:
-    model = Function(lambda m, x: (x.view(x.shape[0], -1).relu_(), m.conv(x)), conv=nn.Conv2d(3, 3, 1))
-    with pytest.raises(UnsupportedError, match="neither the identity nor"):
-        capture(model, (X,))
-
-
 def test_writing_what_may_be_a_copy_is_refused() -> None:
     model = Function(lambda m, x: (lambda y: (y.flatten(1), F.relu_(y)))(m.conv(x)), conv=nn.Conv2d(3, 3, 1))
     with pytest.raises(UnsupportedError, match="may share or may have copied"):
@@ -280,8 +274,6 @@ def test_unfoldable_batch_norm_becomes_a_depthwise_conv() -> None:
         ("conv", 1, "none"),
         ("bn", 4, "relu"),
     ]
-    with pytest.raises(UnsupportedError, match=r"'0'.*\(N, F\)"):
-        capture(nn.Sequential(nn.BatchNorm1d(4)), (torch.ones(2, 4),))
 
 
 def test_batch_norm_is_rounded_once() -> None:
@@ -418,16 +410,15 @@ def test_nested_outputs_and_constants() -> None:
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (nn.SiLU(), ["'inner.0'", "SiLU", "aten.silu", "decompositions"]),
-        (nn.ConvTranspose2d(3, 3, 3), ["'inner.0'", "aten.conv_transpose2d"]),
-        (nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), ["'inner.0'", "aten.pad"]),
+        (nn.LogSoftmax(1), ["'inner.0'", "LogSoftmax", "aten.log_softmax", "decompositions"]),
+        (nn.Conv3d(2, 3, 3), ["'inner.0'", "aten.conv3d"]),
+        (nn.LSTM(10, 3), ["'inner.0'", "LSTM"]),
         (nn.BatchNorm2d(3, track_running_stats=False), ["'inner.0'", "batch statistics"]),
-        (nn.Hardtanh(-1, 1), ["'inner.0'", "clamping to [-1, 1]"]),
-        (nn.Linear(10, 3), ["'inner.0'", "2 dimensions (N, F)"]),
+        (nn.FractionalMaxPool2d(2, output_size=3), ["'inner.0'", "fractional"]),
         (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), ["'inner.0.0'", "indices"]),
         (Function(lambda m, x: F.dropout(x, training=True)), ["dropout", "training=True"]),
-        (Function(lambda m, x: x + x[:, :1]), ["aten.slice"]),
-        (Function(lambda m, x: x + x.mean((2, 3), keepdim=True)), ["aten.add.Tensor", "equal shapes"]),
+        (Function(lambda m, x: x.sort(1)[0]), ["aten.sort"]),
+        (Function(lambda m, x: torch.fft.rfft(x).real), ["aten.fft_rfft"]),
         (Function(lambda m, x: x.double()), ["torch.float64"]),
         (Function(lambda m, x: torch.rand(3, 1, 1) * 0 + x), ["aten.rand"]),
         (Function(lambda m, x: torch.ones(3)), ["output 0", "constant"]),

@@ -159,8 +159,8 @@ def test_activations(layer: nn.Module, act: dict[str, Any]) -> None:
         (lambda m, x: 1 / (x.abs() + 1), ["act", "constant", "add"]),
         (lambda m, x: (x.abs() + 1) ** -1, ["act", "constant", "add"]),
         (lambda m, x: x**3 + x**4, ["act", "mul", "act", "act", "add"]),
-        (lambda m, x: F.celu(x, 2.0), ["constant", "mul", "constant", "act", "mul"]),
-        (lambda m, x: F.softplus(x, 2.0), ["constant", "mul", "constant", "act", "mul"]),
+        (lambda m, x: F.celu(x, 2.0), ["constant", "mul", "constant", "mul"]),
+        (lambda m, x: F.softplus(x, 2.0), ["constant", "mul", "constant", "mul"]),
         (lambda m, x: F.logsigmoid(x), ["act", "act", "act"]),
         (lambda m, x: F.glu(x, 1), ["slice", "slice", "act", "mul"]),
         (lambda m, x: x.clamp(min=0.5), ["constant", "maximum"]),
@@ -639,8 +639,7 @@ class Pyramid(nn.Module):
 
 def test_feature_pyramid() -> None:
     graph = lower(Pyramid(), (1, 3, 32, 48), others=[((2, 3, 37, 41),)], tolerance=FOLDED)
-    names = Counter(ops(graph))
-    assert names == {"conv": 9, "resize": 2, "add": names["add"]}
+    assert Counter(ops(graph)) == {"conv": 9, "resize": 2}
     assert all(len(node.inputs) == 2 for node in graph.nodes if node.op == "resize")
 
 

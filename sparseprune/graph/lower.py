@@ -56,7 +56,8 @@ class _Names(Names):
     def helper(self, node: fx.Node, op: str) -> str:
         """A name for what is emitted besides the layer's own operator."""
         name = f"{self._name(node)}.{op}"
-        count = self.used[name] = self.used.get(name, -1) + 1
+        count = self.used.get(name, 0)
+        self.used[name] = count + 1
         return f"{name}@{count}" if count else name
 
 

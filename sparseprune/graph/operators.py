@@ -1068,8 +1068,14 @@ def _like(ctx: Lowering, node: fx.Node, sizes: Any, full: Sequence[Any]) -> int 
     read = [ctx.cells[item].value for item in sources if isinstance(item, fx.Node) and item in ctx.cells]
     for value in [*read, *reversed(range(len(ctx.shapes)))]:
         shape = ctx.shapes[value]
-        if len(shape) == len(full) and known_same(shape[2:], full[2:]):
-            return value if len(full) == 4 else ctx.reshape(value, [*shape[:2], 1, *shape[2:]], node)
+        if len(shape) != len(full) or not known_same(shape[2:], full[2:]):
+            continue
+        # What is read here cannot be fused with what follows it; a layer's input of the same size does as well.
+        while (before := ctx.producer(value)) is not None and before.op in ("conv", "scale_shift"):
+            if not known_same(ctx.shapes[before.inputs[0]][2:], full[2:]):
+                break
+            value = before.inputs[0]
+        return ctx.reshape(value, [*ctx.shapes[value][:2], *[1] * (4 - len(full)), *full[2:]], node)
     return None
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram, default_decompositions
@@ -572,7 +573,8 @@ class _Splitter:
             for node in self.inputs
         )
         names = [self.refused[unit.call] for unit in self.order if unit.call in self.refused]
-        random = any(not _is_pure(unit.call) for unit in self.order)
+        native = {node for is_native, nodes in segments for node in nodes if is_native}
+        random = any(_is_random(unit.call) for unit in self.order if unit.call not in native)
         return Segmented(inputs, _with_frees(built, outputs), outputs, tree, tuple(dict.fromkeys(names)), random)
 
     def _torch(self, nodes: list[fx.Node], writes: list[fx.Node]) -> tuple[dict[str, Any], list[fx.Node]]:
@@ -672,8 +674,11 @@ class _Part:
         copied.meta = dict(node.meta)
         if mode is not None:
             args, kwargs = fx.node.map_arg((args, kwargs), lambda item: item.meta["val"])
-            with mode, torch.no_grad():
-                copied.meta["val"] = target(*args, **kwargs)
+            try:
+                with mode, enable_python_dispatcher(), torch.no_grad():
+                    copied.meta["val"] = target(*args, **kwargs)
+            except Exception as error:  # torch cannot tell its shape here
+                raise UnsupportedError(f"{describe(node)}: {type(error).__name__}: {error}") from error
         return copied
 
 
@@ -716,10 +721,18 @@ def _is_unbacked(size: Any) -> bool:
     return isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) and bool(free_unbacked_symbols(size))
 
 
+def _is_random(node: fx.Node) -> bool:
+    """Whether it draws random numbers; not at evaluation, where an operator is told so."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    given = {argument.name: argument.default_value for argument in node.target._schema.arguments}
+    given.update(zip(given, node.args, strict=False))
+    given.update(node.kwargs)
+    return given.get("dropout_p", 1) != 0 and given.get("training", given.get("train", True)) is not False
+
+
 def _is_pure(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return torch.Tag.nondeterministic_seeded not in node.target.tags
-    return callable(node.target) and not isinstance(node.target, torch._ops.HigherOrderOperator)
+    return not _is_random(node) and not isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def _dead(graph: fx.Graph) -> set[fx.Node]:
