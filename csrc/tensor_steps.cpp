@@ -123,21 +123,35 @@ void for_blocks(const Loop& loop, int64_t block_rows, int64_t block_cols, int64_
         col_cuts = std::max(col_cuts, std::min(divide_up(wanted, outer * row_cuts), divide_up(cols.size, least_cols)));
     }
     const int64_t units = outer * row_cuts * col_cuts;
-    for (int64_t u = part.begin(units); u < part.end(units); ++u) {
-        Block b{{0, 0, 0}, 0, 0, 0, 0};
-        const int64_t r = u / col_cuts % row_cuts, c = u % col_cuts;
-        b.row = rows.size * r / row_cuts;
-        b.rows = rows.size * (r + 1) / row_cuts - b.row;
-        b.col = cols.size * c / col_cuts;
-        b.cols = cols.size * (c + 1) / col_cuts - b.col;
-        int64_t rest = u / col_cuts / row_cuts;
-        for (int i = 0; i < kOperands; ++i) b.offset[i] = b.row * rows.stride[i] + b.col * cols.stride[i];
-        for (int d = loop.rank - 3; d >= 0; --d) {
-            const int64_t index = rest % loop.dim[d].size;
-            rest /= loop.dim[d].size;
-            for (int i = 0; i < kOperands; ++i) b.offset[i] += index * loop.dim[d].stride[i];
-        }
+    int64_t u = part.begin(units);
+    const int64_t stop = part.end(units);
+    if (u == stop) return;
+    int64_t c = u % col_cuts, r = u / col_cuts % row_cuts, rest = u / col_cuts / row_cuts;
+    int64_t index[kMaxRank + 3] = {}, base[kOperands] = {0, 0, 0};  // of the outer dimensions
+    for (int d = loop.rank - 3; d >= 0; --d) {
+        index[d] = rest % loop.dim[d].size;
+        rest /= loop.dim[d].size;
+        for (int i = 0; i < kOperands; ++i) base[i] += index[d] * loop.dim[d].stride[i];
+    }
+    const auto cut = [](int64_t size, int64_t at, int64_t cuts) { return cuts == 1 ? size * at : size * at / cuts; };
+    for (; u < stop; ++u) {
+        Block b;
+        b.row = cut(rows.size, r, row_cuts);
+        b.rows = cut(rows.size, r + 1, row_cuts) - b.row;
+        b.col = cut(cols.size, c, col_cuts);
+        b.cols = cut(cols.size, c + 1, col_cuts) - b.col;
+        for (int i = 0; i < kOperands; ++i) b.offset[i] = base[i] + b.row * rows.stride[i] + b.col * cols.stride[i];
         f(b);
+        if (++c < col_cuts) continue;
+        c = 0;
+        if (++r < row_cuts) continue;
+        r = 0;
+        for (int d = loop.rank - 3; d >= 0; --d) {
+            for (int i = 0; i < kOperands; ++i) base[i] += loop.dim[d].stride[i];
+            if (++index[d] < loop.dim[d].size) break;
+            for (int i = 0; i < kOperands; ++i) base[i] -= loop.dim[d].stride[i] * loop.dim[d].size;
+            index[d] = 0;
+        }
     }
 }
 
@@ -195,8 +209,17 @@ inline void transpose4(const float* in, int64_t in_col, float* out, int64_t out_
 #endif
 }
 
+// two planes interleaved, as a pixel shuffle does
+void interleave(const float* __restrict a, const float* __restrict b, float* __restrict out, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        out[2 * i] = a[i];
+        out[2 * i + 1] = b[i];
+    }
+}
+
 // in has step 1 along rows, out along columns; tiles of 16 by 16 use each cache line that they touch.
 void transpose_block(const float* in, int64_t in_col, float* out, int64_t out_row, int64_t rows, int64_t cols) {
+    if (cols == 2 && out_row == 2) return interleave(in, in + in_col, out, rows);
     for (int64_t r0 = 0; r0 < rows; r0 += 16)
         for (int64_t c0 = 0; c0 < cols; c0 += 16) {
             const int64_t r1 = std::min(rows, r0 + 16), c1 = std::min(cols, c0 + 16);
@@ -447,9 +470,15 @@ void copy_mapped(const Strided& from, const float* in, const IndexMaps& maps, fl
             inside = inside && index >= 0;
             start += index * loop.dim[d].stride[1];
         }
+        int64_t last = -1;
         for (int64_t r = 0; r < b.rows; ++r) {
             float* row = out + to.offset + b.offset[0] + r * to_step.row;
             const int64_t index = mapped(row_map, b.row + r);
+            if (inside && index >= 0 && index == last) {  // enlarging repeats rows
+                copy_block(row - to_step.row, to_step, row, to_step, 1, b.cols);
+                continue;
+            }
+            last = index;
             if (!inside || index < 0) {
                 for (int64_t c = 0; c < b.cols; ++c) row[c * to_step.col] = fill;
                 continue;
@@ -474,6 +503,7 @@ void copy_mapped(const Strided& from, const float* in, const IndexMaps& maps, fl
 namespace {
 
 constexpr int64_t kColumns = 128;  // columns that are reduced together
+constexpr int64_t kTurned = 32;    // rows of a tile of them
 
 // `count` floats `stride` apart as a row: themselves, or a copy in `buffer`. Longer ones are cut by the caller.
 const float* as_row(const float* in, int64_t stride, int64_t count, float* buffer) {
@@ -535,7 +565,7 @@ float reduce_line(const Kernels& k, Reduction kind, const Loop& line, const floa
 void reduce_columns(const Kernels& k, Reduction kind, const Loop& line, const float* in, int64_t cols, double count, float* result) {
     if (kind == Reduction::mean || kind == Reduction::sum) {
         double sum[kColumns] = {};
-        for_each_element(line, [&](const int64_t* at) { k.sum_columns(in + at[0], cols, sum); });
+        for_segments(line, [&](const int64_t* at) { k.sum_columns(in + at[0], line.cols().stride[0], line.cols().size, cols, sum); });
         for (int64_t c = 0; c < cols; ++c) result[c] = static_cast<float>(kind == Reduction::mean ? sum[c] / count : sum[c]);
         return;
     }
@@ -705,27 +735,35 @@ struct Normalize {
         const float* x = in + b.offset[1];
         float* y = out + b.offset[0];
         double sum[kColumns] = {}, squares[kColumns] = {};
-        float mean[kColumns], factor[kColumns], row[kColumns];
-        for_each_element(line, [&](const int64_t* at_line) { k.sum_columns(x + at_line[1], b.cols, sum); });
+        float mean[kColumns], factor[kColumns];
+        const int64_t row_step = line.cols().stride[1], rows = line.cols().size;
+        for_segments(line, [&](const int64_t* at_line) { k.sum_columns(x + at_line[1], row_step, rows, b.cols, sum); });
         for (int64_t c = 0; c < b.cols; ++c) sum[c] /= count;
-        for_each_element(line, [&](const int64_t* at_line) { k.square_columns(x + at_line[1], sum, b.cols, squares); });
+        for_segments(line, [&](const int64_t* at_line) { k.square_columns(x + at_line[1], row_step, rows, sum, b.cols, squares); });
         for (int64_t c = 0; c < b.cols; ++c) {
             mean[c] = static_cast<float>(sum[c]);
             factor[c] = static_cast<float>(1.0 / std::sqrt(squares[c] / count + eps));
         }
-        const int64_t to_col = kept.cols().stride[0], param_col = kept.cols().stride[2];
-        for_each_element(line, [&](const int64_t* at_line) {
-            const int64_t index = b.offset[2] + at_line[2];
-            float* to = y + at_line[0];
-            const bool direct = to_col == 1 && param_col == 0;
-            k.norm_columns(x + at_line[1], direct ? to : row, b.cols, mean, factor, scale && param_col == 0 ? scale[index] : 1.0f,
-                           bias && param_col == 0 ? bias[index] : 0.0f);
-            if (direct) return;
-            for (int64_t c = 0; c < b.cols; ++c) {
-                float v = row[c];
-                if (scale && param_col) v *= scale[index + c * param_col];
-                if (bias && param_col) v += bias[index + c * param_col];
-                to[c * to_col] = v;
+        // straight to the output where its columns lie together, else through a tile, which is then turned
+        const Step to_step{kept.cols().stride[0], line.cols().stride[0]};
+        const int64_t param_col = kept.cols().stride[2], param_row = line.cols().stride[2];
+        const bool direct = to_step.row == 1 && param_col == 0;
+        alignas(64) float tile[kTurned * kColumns];
+        for_segments(line, [&](const int64_t* at_line) {
+            for (int64_t first = 0; first < rows; first += kTurned) {
+                const int64_t n = std::min(kTurned, rows - first);
+                const float* from = x + at_line[1] + first * row_step;
+                float* to = y + at_line[0] + first * to_step.col;
+                for (int64_t r = 0; r < n; ++r) {
+                    const int64_t index = b.offset[2] + at_line[2] + (first + r) * param_row;
+                    float* row = direct ? to + r * to_step.col : tile + r * kColumns;
+                    const bool alike = param_col == 0;
+                    k.norm_columns(from + r * row_step, row, b.cols, mean, factor, scale && alike ? scale[index] : 1.0f,
+                                   bias && alike ? bias[index] : 0.0f);
+                    for (int64_t c = 0; c < b.cols && !alike; ++c)
+                        row[c] = row[c] * (scale ? scale[index + c * param_col] : 1.0f) + (bias ? bias[index + c * param_col] : 0.0f);
+                }
+                if (!direct) copy_block(tile, {1, kColumns}, to, to_step, b.cols, n);
             }
         });
     }

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import _native, runtime
 from .errors import SparsepruneWarning, UnsupportedError
 from .graph.capture import CapturedSegments, ExportError, capture, capture_segments, check_dtypes, unwrap
-from .graph.segments import Segment
+from .graph.segmented import Segment
 from .graph.snapshot import snapshot
 from .module import Converted, SparseModule
 from .report import LayerReport, Report, SegmentReport
@@ -96,9 +96,9 @@ def _convert(model: nn.Module, args: tuple[Any, ...], tune: str, min_gain: float
         captured = capture(model, args)
     except ExportError as error:
         return _convert_layers(model, args, tune, min_gain, verify, error)
-    except UnsupportedError:
+    except UnsupportedError as refused:
         try:
-            segments = capture_segments(model, args)
+            segments = capture_segments(model, args, str(refused))
         except UnsupportedError as error:
             return _convert_layers(model, args, tune, min_gain, verify, error)
         return _convert_segments(model, segments, args, tune, min_gain, verify)
@@ -140,7 +140,7 @@ def _convert_segments(
     natives = sum(segment.kind == "native" for segment in segmented.segments)
     _warn(
         f"the model is not one native program, it runs in {len(segmented.segments)} segments, {natives} of them "
-        "native; in torch: " + "; ".join(_few(segmented.refused, 8))
+        "native; in the way: " + "; ".join(_few(segmented.refused, 8))
     )
     inputs = _tensor_leaves(args)
     seen: dict[int, Sequence[Any]] = {}
@@ -445,6 +445,7 @@ def _with_times(report: Report, times: dict[str, float], dense: dict[str, float]
             and layer.sparse_ms is not None
             and layer.sparse_ms > fastest
             and "/dense/" not in layer.choice
+            and layer.choice not in ("torch", "sparse layer")
         ):
             reason += "; torch's dense layer alone is faster, but would leave the program"
         layers.append(replace(layer, dense_ms=fastest, reason=reason))

@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from . import runtime
 from .errors import SparsepruneError
-from .graph.segments import Segmented
+from .graph.segmented import Segmented
 from .report import Report
 
 __all__ = ["SparseModule", "load"]
@@ -43,8 +43,7 @@ class Converted:
         if isinstance(self.runs, runtime.Program):
             return self.runs
         if isinstance(self.runs, Segmented):
-            why = "; ".join(self.runs.refused) or "no operator of it is native"
-            raise SparsepruneError(f"the model is not one native program; parts of it run in torch: {why}")
+            raise SparsepruneError(f"the model is not one native program; in the way: {'; '.join(self.runs.refused)}")
         notes = self.report.notes[0] if self.report is not None else "it could not be exported"
         raise SparsepruneError(f"the model is not one native program; {notes}")
 

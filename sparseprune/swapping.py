@@ -132,19 +132,17 @@ class _Decider:
         )
 
 
-def _times(calls: list[Callable[[], Any]], runs: int = 15, seconds: float = 0.1) -> list[float]:
-    """Median milliseconds of each, by turns."""
+def _times(calls: list[Callable[[], Any]], blocks: int = 3, runs: int = 5) -> list[float]:
+    """Median milliseconds of each, in short blocks by turns, with pauses for others' threads to stop spinning."""
     samples: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    end = time.perf_counter() + seconds
-    for turn in range(runs):
+    for _ in range(blocks):
         for call, taken in zip(calls, samples, strict=True):
-            start = time.perf_counter()
+            time.sleep(0.002)
             call()
-            taken.append(time.perf_counter() - start)
-        if turn >= 2 and time.perf_counter() > end:
-            break
+            for _ in range(runs):
+                start = time.perf_counter()
+                call()
+                taken.append(time.perf_counter() - start)
     return [1e3 * statistics.median(taken) for taken in samples]
 
 

@@ -103,10 +103,14 @@ def _run(model: nn.Module, args: tuple[Any, ...], double: bool) -> Any:
 
 def _compare(outputs: Any, expected: Any) -> tuple[float, float]:
     worst = (0.0, 0.0)
-    ours, theirs = ([y for y in tree_leaves(nest) if isinstance(y, Tensor)] for nest in (outputs, expected))
-    if len(ours) != len(theirs):
-        raise VerificationError(f"outputs: {len(ours)} tensors, the model returns {len(theirs)}")
+    ours, theirs = tree_leaves(outputs), tree_leaves(expected)
+    if [isinstance(y, Tensor) for y in ours] != [isinstance(y, Tensor) for y in theirs]:
+        raise VerificationError(f"outputs: {len(ours)} of another nesting than the model's {len(theirs)}")
     for place, (y, want) in enumerate(zip(ours, theirs, strict=True)):
+        if not isinstance(y, Tensor):
+            if isinstance(y, int | str) and y != want:
+                raise VerificationError(f"output {place}: {y!r}, the model's is {want!r}")
+            continue
         if y.shape != want.shape:
             raise VerificationError(f"output {place}: shape {tuple(y.shape)}, the model's is {tuple(want.shape)}")
         if y.is_complex():

@@ -412,9 +412,7 @@ def test_nested_outputs_and_constants() -> None:
     [
         (nn.LogSoftmax(1), ["'inner.0'", "LogSoftmax", "aten.log_softmax", "decompositions"]),
         (nn.Conv3d(2, 3, 3), ["'inner.0'", "aten.conv3d"]),
-        (nn.LSTM(10, 3), ["'inner.0'", "LSTM"]),
         (nn.BatchNorm2d(3, track_running_stats=False), ["'inner.0'", "batch statistics"]),
-        (nn.FractionalMaxPool2d(2, output_size=3), ["'inner.0'", "fractional"]),
         (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), ["'inner.0.0'", "indices"]),
         (Function(lambda m, x: F.dropout(x, training=True)), ["dropout", "training=True"]),
         (Function(lambda m, x: x.sort(1)[0]), ["aten.sort"]),

@@ -203,14 +203,14 @@ def test_parametric_slopes_and_selu() -> None:
     ],
 )
 def test_arithmetic(function: Any, names: list[str] | None) -> None:
-    parts = {"row": torch.randn(8), "channels": torch.randn(4, 1, 1), "plane": torch.randn(1, 1, 6, 8)}
+    parts: dict[str, Any] = {"row": torch.randn(8), "channels": torch.randn(4, 1, 1), "plane": torch.randn(1, 1, 6, 8)}
     others = [((3, 4, 6, 8),)]
     graph = f(function, IMAGE, others=others, **parts)
     assert names is None or ops(graph) == names
 
 
 def test_a_broadcast_sum_is_no_residual() -> None:
-    model = {"conv": nn.Conv2d(4, 4, 1)}
+    model: dict[str, Any] = {"conv": nn.Conv2d(4, 4, 1)}
     graph = f(lambda m, x: m.conv(x) + m.conv(x).mean((2, 3), keepdim=True), IMAGE, others=OTHER, **model)
     assert "add" in ops(graph) and all(len(node.inputs) == 1 for node in graph.nodes if node.op == "conv")
     graph = f(lambda m, x: F.relu(m.conv(x) + x), IMAGE, others=OTHER, **model)
@@ -392,7 +392,7 @@ def test_resizing_a_line() -> None:
     ],
 )
 def test_products(function: Any, names: list[str] | None) -> None:
-    parts = {"matrix": torch.randn(8, 3), "left": torch.randn(5, 6), "stack": torch.randn(4, 8, 2)}
+    parts: dict[str, Any] = {"matrix": torch.randn(8, 3), "left": torch.randn(5, 6), "stack": torch.randn(4, 8, 2)}
     graph = f(function, IMAGE, others=[((3, 4, 6, 8),)], **parts)
     assert names is None or ops(graph) == names
 
@@ -528,7 +528,8 @@ class YoloHead(nn.Module):
         grid = torch.stack((columns, rows), 2).view(1, 1, height, width, 2).to(x.dtype)
         y[..., 0:2] = (y[..., 0:2] * 2 - 0.5 + grid) * 8
         y[..., 2:4] = (y[..., 2:4] * 2) ** 2 * self.anchors
-        return y.view(batch, -1, 7)
+        boxes: Tensor = y.view(batch, -1, 7)
+        return boxes
 
 
 def test_yolo_head() -> None:

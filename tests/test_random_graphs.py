@@ -18,7 +18,7 @@ from sparseprune.graph.ir import Graph, Input, Node, Weight
 from sparseprune.graph.reference import run_reference
 
 ACTS: list[dict[str, Any]] = [
-    *({"act": name} for name in ("none", "relu", "relu6", "hardsigmoid", "hardswish", "sigmoid", "silu", "tanh", "gelu")),
+    *({"act": act} for act in ("none", "relu", "relu6", "hardsigmoid", "hardswish", "sigmoid", "silu", "tanh", "gelu")),
     {"act": "leaky_relu", "alpha": 0.1},
     {"act": "leaky_relu", "alpha": -1.5},
     {"act": "clamp", "alpha": 0.25, "beta": 0.5},
@@ -37,9 +37,8 @@ class Builder:
         self.weights: dict[str, Weight] = {}
         self.biases: dict[str, Any] = {}
         rng = self.rng
-        self.shapes: list[Shape] = [
-            (rng.choice([1, 1, 2, 3, 9]), rng.randint(1, 6), rng.choice([1, 3, 7, 8, 9, 16, 20]), rng.choice([1, 4, 8, 9, 15, 16, 17, 33]))
-        ]  # fmt: skip
+        height, width = rng.choice([1, 3, 7, 8, 9, 16, 20]), rng.choice([1, 4, 8, 9, 15, 16, 17, 33])
+        self.shapes: list[Shape] = [(rng.choice([1, 1, 2, 3, 9]), rng.randint(1, 6), height, width)]
         self.inputs = 1
 
     def array(self, *shape: int) -> Any:
@@ -83,7 +82,8 @@ class Builder:
         kernel = (min(self.rng.choice([1, 3, 3, 5]), h + 2), min(self.rng.choice([1, 3, 3]), w + 2))
         padding = [self.rng.randint(0, 2) for _ in range(4)]
         stride = [self.rng.choice([1, 1, 2]), self.rng.choice([1, 1, 2])]
-        sizes = [(size + padding[2 * i] + padding[2 * i + 1] - kernel[i]) // stride[i] + 1 for i, size in enumerate((h, w))]
+        padded = (h + padding[0] + padding[1], w + padding[2] + padding[3])
+        sizes = [(padded[i] - kernel[i]) // stride[i] + 1 for i in range(2)]
         if min(sizes) < 1:
             return
         weight = self.array(out, c // groups, *kernel)
@@ -117,7 +117,8 @@ class Builder:
         n, c, h, w = self.shapes[x]
         if h < 2 or w < 2:
             return
-        attrs = {"dims": 2, "kernel": [2, 2], "stride": [2, 1], "padding": [0] * 4, "dilation": [1, 1], "ceil_mode": False}
+        attrs = {"dims": 2, "kernel": [2, 2], "stride": [2, 1], "padding": [0] * 4, "dilation": [1, 1]}
+        attrs["ceil_mode"] = False
         self.add("max_pool", [x], (n, c, (h - 2) // 2 + 1, w - 1), attrs)
 
     def op_global_pool(self) -> None:
@@ -128,8 +129,8 @@ class Builder:
         a = self.pick()
         b = self.pick(*range(1, len(self.shapes[a]) + 1))
         if self.rng.random() < 0.5:
-            b = self.add("constant", [], (wide := tuple(size if self.rng.random() < 0.5 else 1 for size in self.shapes[a])),
-                         {"shape": list(wide)}, bias=self.store(int(np.prod(wide))))  # fmt: skip
+            wide = tuple(size if self.rng.random() < 0.5 else 1 for size in self.shapes[a])
+            b = self.add("constant", [], wide, {"shape": list(wide)}, bias=self.store(int(np.prod(wide))))
         try:
             shape = np.broadcast_shapes(self.shapes[a], self.shapes[b])
         except ValueError:
@@ -152,7 +153,10 @@ class Builder:
         shape = self.shapes[x]
         flat = int(np.prod(shape[1:]))
         by = self.rng.choice([d for d in range(1, flat + 1) if flat % d == 0])
-        new = self.rng.choice([(shape[0], by, flat // by), (shape[0] * flat,), (shape[0], by, 1, flat // by), (1, shape[0], by, 1, flat // by)])
+        rest = flat // by
+        new: Shape = self.rng.choice(
+            [(shape[0], by, rest), (shape[0] * flat,), (shape[0], by, 1, rest), (1, shape[0], by, 1, rest)]
+        )
         self.add("reshape", [x], new, {"shape": [-1 if i == len(new) - 1 else size for i, size in enumerate(new)]})
 
     def op_permute(self) -> None:
@@ -190,7 +194,8 @@ class Builder:
         def rest(shape: Shape) -> Shape:
             return shape[:axis] + shape[axis + 1 :]
 
-        same = [i for i, s in enumerate(self.shapes) if len(s) == len(self.shapes[x]) and rest(s) == rest(self.shapes[x])]
+        like = self.shapes[x]
+        same = [i for i, s in enumerate(self.shapes) if len(s) == len(like) and rest(s) == rest(like)]
         parts = [self.rng.choice(same) for _ in range(self.rng.randint(1, 4))]
         shape = list(self.shapes[x])
         shape[axis] = sum(self.shapes[i][axis] for i in parts)
@@ -256,7 +261,8 @@ class Builder:
             self.add("layer_norm", [x], shape, attrs, scale=self.store(size), bias=self.store(size))
             return
         groups = self.rng.choice([g for g in range(1, shape[1] + 1) if shape[1] % g == 0])
-        self.add("group_norm", [x], shape, {"groups": groups, "eps": 0.1}, scale=self.store(shape[1]), bias=self.store(shape[1]))
+        scale, bias = self.store(shape[1]), self.store(shape[1])
+        self.add("group_norm", [x], shape, {"groups": groups, "eps": 0.1}, scale=scale, bias=bias)
 
     def op_matmul(self) -> None:
         a = self.pick(2, 3, 4)

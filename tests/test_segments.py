@@ -6,7 +6,7 @@ import json
 import threading
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from sparseprune import (
     conversion,
     verification,
 )
-from sparseprune.graph.segments import Segmented
+from sparseprune.graph.segmented import Segmented
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -99,7 +99,7 @@ def middle() -> Any:
 
 @pytest.fixture(scope="module")
 def fast(middle: nn.Module) -> SparseModule:
-    with pytest.warns(SparsepruneWarning, match=r"3 segments, 2 of them native; in torch: .*aten\.sort"):
+    with pytest.warns(SparsepruneWarning, match=r"3 segments, 2 of them native; in the way: .*aten\.sort"):
         return sparseprune.convert(middle, X, tune="fixed")
 
 
@@ -260,6 +260,26 @@ class Fourier(Branches):
         return self.end(torch.fft.irfft2(torch.fft.rfft2(self.a(x)) * 0.5, s=x.shape[2:]))  # type: ignore[no-any-return]
 
 
+class Sized(Branches):
+    """A size of the input is needed after the cut, where the input is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x[:, :, ::2]).sort(1)[0]
+        y = nn.functional.interpolate(y, size=x.shape[2:])
+        return self.end(y).reshape(x.shape[0], 2, -1, x.shape[3] * 2).relu()  # type: ignore[no-any-return]
+
+
+class Heavy(Branches):
+    """A convolution that no program has is torch's, and what is beside it native."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep = nn.Conv3d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.deep(self.a(x)[:, :, None])[:, :, 0] + self.b(x))  # type: ignore[no-any-return]
+
+
 class Only(Branches):
     def forward(self, x: Tensor) -> Tensor:
         return x.sort(1)[0].relu()
@@ -275,6 +295,8 @@ class Only(Branches):
         (End, "native torch"),
         (Glue, "native torch native"),
         (Fourier, "native torch native"),
+        (Sized, "native torch native"),
+        (Heavy, "native torch native"),
         (Only, "torch"),
     ],
 )
@@ -295,6 +317,8 @@ def test_light_operators_go_where_they_cost_nothing() -> None:
 
 class Mask(nn.Module):
     """Takes integers and booleans, returns integers; a shape that depends on a size."""
+
+    table: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -445,6 +469,49 @@ def test_the_first_call_converts(middle: nn.Module) -> None:
     assert kinds(fast) == ["native", "torch", "native"]
 
 
+def test_outputs_of_any_nesting(tmp_path: Path) -> None:
+    class Pair(NamedTuple):
+        y: Tensor
+        size: int
+
+    class Nests(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.fc(x)
+            return Pair(y, x.shape[0]), {"k": 7, 3: [y.relu(), "name", None]}
+
+    model = made(Nests)
+    fast = converted(model, torch.randn(2, 6))
+    check(fast, model, torch.randn(5, 6))
+    assert len(fast.report.layers) == 1 and fast.report.layers[0].choice.count("/") == 2
+    pair, _ = fast(torch.randn(4, 6))
+    assert isinstance(pair, Pair) and pair.size == 4 and type(pair.size) is int
+    with pytest.raises(SparsepruneError, match="output.*Pair|output.*SymInt"):
+        fast.save(tmp_path / "model.spr")
+
+
+def test_a_named_tuple_of_torch() -> None:
+    class Best(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.fc(x).topk(2)
+
+    fast = converted(made(Best), torch.randn(2, 6))
+    assert kinds(fast) == ["native", "torch"] and isinstance(fast(torch.randn(2, 6)), torch.return_types.topk)
+
+
+def test_in_inference_mode(middle: nn.Module, fast: SparseModule) -> None:
+    with torch.inference_mode():
+        check(converted(middle, X), middle, X)
+    check(fast, middle, X)
+
+
 # ---- swapped layers
 
 
@@ -467,9 +534,10 @@ class Branching(nn.Module):
         return 2 * y if double else y  # type: ignore[no-any-return]
 
 
-def test_layers_are_swapped(tmp_path: Path) -> None:
+def test_layers_are_swapped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = made(Branching)
     fast = converted(model, X)
+    assert "def forward" not in "".join(capfd.readouterr())  # torch.export prints what it has traced
     report = fast.report
     assert {layer.name: layer.choice for layer in report.layers} == {
         "conv": "sparse layer", "deep": "torch", "other": "sparse layer", "head": "sparse layer",
@@ -515,6 +583,8 @@ def test_nothing_is_swapped_where_it_would_lose() -> None:
 
 class Tied(nn.Module):
     """A shared weight, a shared layer, nested inputs and outputs of any kind, a state."""
+
+    calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -574,6 +644,20 @@ def test_weird_inputs() -> None:
 def test_a_model_that_does_not_run_is_an_error() -> None:
     with pytest.raises(UnsupportedError, match="could not capture the model"):
         sparseprune.convert(made(Branching), X[:, :2], tune="fixed")
+
+
+def test_a_model_that_writes_its_input() -> None:
+    class Writes(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x.mul_(2)).sort(1)[0]  # type: ignore[no-any-return]
+
+    x = X.clone()
+    with pytest.warns(SparsepruneWarning, match="writes 'x'"):
+        fast = sparseprune.convert(made(Writes), x, min_gain=1e-9)
+    assert torch.equal(x, X)
+    assert torch.allclose(fast(X.clone()), made(Writes)(X.clone()), atol=1e-5)
+    fast(x)
+    assert torch.equal(x, 2 * X)  # as the model does
 
 
 def test_swapped_layers_from_threads() -> None:

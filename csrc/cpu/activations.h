@@ -2,8 +2,11 @@
 // Their error bounds are the table of tests/native/fuzz_tensor.cpp: a few ulp each, gelu 5e-7 * max(1, |x|).
 #pragma once
 
+// These are called from many places, and a V that is no register would travel through memory.
+#define SPARSEPRUNE_INLINE inline __attribute__((always_inline))
+
 template <int N>
-inline V polynomial(V x, const float (&c)[N]) {  // c[0] is of the highest power
+SPARSEPRUNE_INLINE V polynomial(V x, const float (&c)[N]) {  // c[0] is of the highest power
     V p = set1(c[0]);
     for (int i = 1; i < N; ++i) p = fma(p, x, set1(c[i]));
     return p;
@@ -13,24 +16,24 @@ inline V polynomial(V x, const float (&c)[N]) {  // c[0] is of the highest power
 struct Exp {
     V n, q;
 };
-inline Exp reduce_exp(V x) {
+SPARSEPRUNE_INLINE Exp reduce_exp(V x) {
     constexpr float c[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
     x = min_nan(set1(89.0f), max_nan(set1(-104.0f), x));
     const V n = round_even(mul(x, set1(1.44269504088896341f)));
     const V r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), x));
     return {n, fma(polynomial(r, c), mul(r, r), r)};
 }
-inline V exp_of(V x) {
+SPARSEPRUNE_INLINE V exp_of(V x) {
     const Exp e = reduce_exp(x);
     return scale2(add(e.q, set1(1.0f)), e.n);
 }
-inline V expm1_of(V x) {  // x at most 88
+SPARSEPRUNE_INLINE V expm1_of(V x) {  // x at most 88
     const Exp e = reduce_exp(x);
     const V power = scale2(set1(1.0f), e.n);
     return fma(e.q, power, sub(power, set1(1.0f)));
 }
 
-inline V log_of(V x) {  // x normal, at least 1 (Cephes)
+SPARSEPRUNE_INLINE V log_of(V x) {  // x normal, at least 1 (Cephes)
     constexpr float c[] = {7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
                            -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
     const V one = set1(1.0f), m = mantissa(x), big = set1(1.41421356f);
@@ -41,23 +44,23 @@ inline V log_of(V x) {  // x normal, at least 1 (Cephes)
     y = fma(z, set1(-0.5f), y);
     return fma(e, set1(0.693359375f), add(f, y));
 }
-inline V log1p_of(V x) {  // x >= 0: what 1 + x rounded away is added again
+SPARSEPRUNE_INLINE V log1p_of(V x) {  // x >= 0: what 1 + x rounded away is added again
     const V one = set1(1.0f), u = add(one, x);
     return add(log_of(u), div(sub(x, sub(u, one)), u));
 }
 
-inline V sigmoid_of(V x) {
+SPARSEPRUNE_INLINE V sigmoid_of(V x) {
     const V one = set1(1.0f);
     return div(one, add(one, exp_of(flip(x, set1(-1.0f)))));
 }
-inline V tanh_of(V x) {  // Cephes
+SPARSEPRUNE_INLINE V tanh_of(V x) {  // Cephes
     constexpr float c[] = {-5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f};
     const V one = set1(1.0f), a = absolute(x), z = mul(x, x);
     const V small = fma(mul(polynomial(z, c), z), x, x);
     const V large = sub(one, div(set1(2.0f), add(exp_of(add(a, a)), one)));
     return select_lt(a, set1(0.625f), small, flip(large, x));
 }
-inline V erf_of(V x) {  // a rational approximation of [-4, 4]; beyond, 1 is the nearest float. Not for NaN.
+SPARSEPRUNE_INLINE V erf_of(V x) {  // a rational approximation of [-4, 4]; beyond, 1 is the nearest float. Not for NaN.
     constexpr float p[] = {-2.72614225801306e-10f, 2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f,
                            -7.34990630326855e-04f, -2.95459980854025e-03f, -1.60960333262415e-02f};
     constexpr float q[] = {-1.45660718464996e-05f, -2.13374055278905e-04f, -1.68282697438203e-03f, -7.37332916720468e-03f,
@@ -67,10 +70,10 @@ inline V erf_of(V x) {  // a rational approximation of [-4, 4]; beyond, 1 is the
     return select_lt(absolute(x), set1(3.9f), inside, flip(set1(1.0f), x));
 }
 
-inline V relu6_of(V x) { return min_nan(set1(6.0f), max_nan(zero(), x)); }
+SPARSEPRUNE_INLINE V relu6_of(V x) { return min_nan(set1(6.0f), max_nan(zero(), x)); }
 
 template <Act kind>
-inline V act_of(V x, float alpha, float beta) {
+SPARSEPRUNE_INLINE V act_of(V x, float alpha, float beta) {
     const V one = set1(1.0f);
     switch (kind) {
         case Act::none: return x;

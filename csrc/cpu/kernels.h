@@ -166,9 +166,10 @@ struct Kernels {
     double (*exp_row)(const float* in, float minus, float* out, int64_t count);     // out = exp(in - minus); returns its sum
     // out = (in - mean) * factor * scale + bias: of the row, or of each element (step 1); scale and bias may be null
     void (*norm_row)(const float* in, float* out, int64_t count, float mean, float factor, const float* scale, const float* bias, int64_t step);
-    // The same by column, one row at a time: sum[i] += ...
-    void (*sum_columns)(const float* in, int64_t count, double* sum);
-    void (*square_columns)(const float* in, const double* mean, int64_t count, double* sum);
+    // The same by column, where `rows` rows are `row` floats apart: sum[i] += ...
+    void (*sum_columns)(const float* in, int64_t row, int64_t rows, int64_t count, double* sum);
+    void (*square_columns)(const float* in, int64_t row, int64_t rows, const double* mean, int64_t count, double* sum);
+    // and of one row
     void (*exp_columns)(const float* in, const float* minus, float* out, int64_t count, double* sum);
     void (*norm_columns)(const float* in, float* out, int64_t count, const float* mean, const float* factor, float scale, float bias);
     void (*lerp_row)(const float* a, const float* b, float weight, float* out, int64_t count);  // a * (1 - weight) + b * weight

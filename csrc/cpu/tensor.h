@@ -59,26 +59,17 @@ float max_row(const float* in, int64_t count) {
     V best = set1(-__builtin_inff());
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) best = max_either(loadu(in + i), best);
-    float lane[kLanes];
-    storeu(lane, best);
-    float most = lane[0];
-    const auto take = [&](float v) { most = v > most || v != v ? v : most; };
-    for (int64_t l = 1; l < kLanes; ++l) take(lane[l]);
-    for (; i < count; ++i) take(in[i]);
-    return most;
+    if (i < count) best = max_either(load_lanes_or(best, in + i, first_lanes(count - i)), best);
+    return max_lanes(best);
 }
 
 float min_row(const float* in, int64_t count) {
-    V best = set1(__builtin_inff());
+    const V minus = set1(-1.0f);
+    V best = set1(-__builtin_inff());  // of the negated row
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) best = Smaller::of(loadu(in + i), best);
-    float lane[kLanes];
-    storeu(lane, best);
-    float least = lane[0];
-    const auto take = [&](float v) { least = v < least || v != v ? v : least; };
-    for (int64_t l = 1; l < kLanes; ++l) take(lane[l]);
-    for (; i < count; ++i) take(in[i]);
-    return least;
+    for (; i + kLanes <= count; i += kLanes) best = max_either(flip(loadu(in + i), minus), best);
+    if (i < count) best = max_either(flip(load_lanes_or(flip(best, minus), in + i, first_lanes(count - i)), minus), best);
+    return -max_lanes(best);
 }
 
 double square_row(const float* in, int64_t count, double mean) {
@@ -115,29 +106,40 @@ void norm_row(const float* in, float* out, int64_t count, float mean, float fact
     });
 }
 
-void sum_columns(const float* in, int64_t count, double* sum) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) dstore(sum + i, dadd(dload(sum + i), widen(loadu(in + i))));
-    for (; i < count; ++i) sum[i] += static_cast<double>(in[i]);
-}
-
-void square_columns(const float* in, const double* mean, int64_t count, double* sum) {
+void sum_columns(const float* in, int64_t row, int64_t rows, int64_t count, double* sum) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
-        const D d = dsub(widen(loadu(in + i)), dload(mean + i));
-        dstore(sum + i, dadd(dload(sum + i), dfma(d, d, dset1(0.0))));  // rounded as below: columns may be cut anywhere
+        D total = dload(sum + i);
+        for (int64_t r = 0; r < rows; ++r) total = dadd(total, widen(loadu(in + r * row + i)));
+        dstore(sum + i, total);
     }
-    for (; i < count; ++i) {
-        const double d = static_cast<double>(in[i]) - mean[i];
-        sum[i] += d * d;
+    for (; i < count; ++i)
+        for (int64_t r = 0; r < rows; ++r) sum[i] += static_cast<double>(in[r * row + i]);
+}
+
+void square_columns(const float* in, int64_t row, int64_t rows, const double* mean, int64_t count, double* sum) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const D m = dload(mean + i);
+        D total = dload(sum + i);
+        for (int64_t r = 0; r < rows; ++r) {
+            const D d = dsub(widen(loadu(in + r * row + i)), m);
+            total = dadd(total, dfma(d, d, dset1(0.0)));  // rounded as below: columns may be cut anywhere
+        }
+        dstore(sum + i, total);
     }
+    for (; i < count; ++i)
+        for (int64_t r = 0; r < rows; ++r) {
+            const double d = static_cast<double>(in[r * row + i]) - mean[i];
+            sum[i] += d * d;
+        }
 }
 
 void exp_columns(const float* in, const float* minus, float* out, int64_t count, double* sum) {
     for_vectors(count, [=](int64_t i, auto lanes) {
         lanes.store(out + i, exp_of(sub(lanes.load(in + i), lanes.load(minus + i))));
     });
-    sum_columns(out, count, sum);
+    sum_columns(out, 0, 1, count, sum);
 }
 
 void norm_columns(const float* in, float* out, int64_t count, const float* mean, const float* factor, float scale, float bias) {
@@ -192,11 +194,12 @@ inline void gemm_tile(const GemmJob& job, int64_t row, int64_t col) {
 
 template <int T>
 inline void gemm_columns(const GemmJob& job, int64_t col) {
-    constexpr int R = 6;
+    constexpr int R = kGemmRows;
     int64_t row = 0;
     for (; row + R <= job.rows; row += R) gemm_tile<R, T>(job, row, col);
-    for (; row + 2 <= job.rows; row += 2) gemm_tile<2, T>(job, row, col);
-    if (row < job.rows) gemm_tile<1, T>(job, row, col);
+    if (R > 2)
+        for (; row + 2 <= job.rows; row += 2) gemm_tile<2, T>(job, row, col);
+    for (; row < job.rows; ++row) gemm_tile<1, T>(job, row, col);
 }
 
 void gemm(const GemmJob& job) {

@@ -8,7 +8,7 @@ using Shift = int;
 
 constexpr const char* kName = "avx2";
 constexpr int kDenseRows = 6, kMaxSingle = 7, kMaxShift = 4, kMaxMasked = 2, kMaxDense = 1;
-constexpr int kGemmVectors = 1;  // of a tile of the small dense product
+constexpr int kGemmRows = 6, kGemmVectors = 1;  // of a tile of the small dense product
 
 inline V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline V set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -98,6 +98,17 @@ inline __m256 mantissa8(__m256 x) {
 // of a positive normal number: mantissa in [1, 2) and exponent
 inline V exponent(V x) { return {exponent8(x.a), exponent8(x.b)}; }
 inline V mantissa(V x) { return {mantissa8(x.a), mantissa8(x.b)}; }
+inline V load_lanes_or(V other, const float* p, uint16_t mask) {
+    const V v = load_lanes(p, mask);
+    return {_mm256_blendv_ps(other.a, v.a, lane_mask(mask & 255u)), _mm256_blendv_ps(other.b, v.b, lane_mask(mask >> 8))};
+}
+inline __m128 max4(__m128 a, __m128 b) { return _mm_blendv_ps(_mm_max_ps(a, b), a, _mm_cmpunord_ps(a, a)); }
+inline float max_lanes(V v) {  // NaN where any is
+    const __m256 half = max8(v.a, v.b);
+    __m128 q = max4(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    q = max4(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(max4(q, _mm_shuffle_ps(q, q, 1)));
+}
 inline void store_lanes(float* p, V v, uint16_t mask) {
     _mm256_maskstore_ps(p, _mm256_castps_si256(lane_mask(mask & 255u)), v.a);
     _mm256_maskstore_ps(p + 8, _mm256_castps_si256(lane_mask(mask >> 8)), v.b);

@@ -6,7 +6,7 @@ using Shift = __m512i;  // lane numbers of a shift over two registers
 
 constexpr const char* kName = "avx512";
 constexpr int kDenseRows = 8, kMaxSingle = 14, kMaxShift = 14, kMaxMasked = 5, kMaxDense = 3;
-constexpr int kGemmVectors = 4;  // of a tile of the small dense product
+constexpr int kGemmRows = 6, kGemmVectors = 4;  // of a tile of the small dense product
 
 inline V zero() { return _mm512_setzero_ps(); }
 inline V set1(float x) { return _mm512_set1_ps(x); }
@@ -57,6 +57,14 @@ inline V scale2(V a, V n) { return _mm512_scalef_ps(a, n); }  // a * 2^n, n whol
 // of a positive normal number: mantissa in [1, 2) and exponent
 inline V exponent(V a) { return _mm512_getexp_ps(a); }
 inline V mantissa(V a) { return _mm512_getmant_ps(a, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero); }
+inline V load_lanes_or(V other, const float* p, uint16_t mask) { return _mm512_mask_loadu_ps(other, mask, p); }
+inline __m128 max4(__m128 a, __m128 b) { return _mm_blendv_ps(_mm_max_ps(a, b), a, _mm_cmpunord_ps(a, a)); }
+inline float max_lanes(V v) {  // NaN where any is
+    const V half = max_either(v, _mm512_shuffle_f32x4(v, v, 0x4E));
+    __m128 q = max4(_mm512_castps512_ps128(half), _mm512_extractf32x4_ps(half, 1));
+    q = max4(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(max4(q, _mm_shuffle_ps(q, q, 1)));
+}
 inline void store_lanes(float* p, V v, uint16_t mask) { _mm512_mask_storeu_ps(p, mask, v); }
 
 struct D {  // sixteen doubles

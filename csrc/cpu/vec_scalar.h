@@ -8,7 +8,7 @@ using Shift = int;
 
 constexpr const char* kName = "scalar";
 constexpr int kDenseRows = 4, kMaxSingle = 4, kMaxShift = 4, kMaxMasked = 2, kMaxDense = 1;
-constexpr int kGemmVectors = 1;  // of a tile of the small dense product
+constexpr int kGemmRows = 1, kGemmVectors = 4;  // of a tile of the small dense product: sums that stay in memory
 
 #define SPARSEPRUNE_LANES(expr)             \
     V out;                                  \
@@ -71,6 +71,12 @@ inline V scale2(const V& a, const V& n) { SPARSEPRUNE_LANES(scale_one(a.f[i], n.
 // of a positive normal number: mantissa in [1, 2) and exponent
 inline V exponent(const V& a) { SPARSEPRUNE_LANES(static_cast<float>(static_cast<int32_t>(bits_of(a.f[i]) >> 23) - 127)); }
 inline V mantissa(const V& a) { SPARSEPRUNE_LANES(from_bits((bits_of(a.f[i]) & 0x7FFFFFu) | 0x3F800000u)); }
+inline V load_lanes_or(const V& other, const float* p, uint16_t mask) { SPARSEPRUNE_LANES((mask >> i) & 1 ? p[i] : other.f[i]); }
+inline float max_lanes(const V& v) {  // NaN where any is
+    float most = v.f[0];
+    for (int i = 1; i < 16; ++i) most = v.f[i] > most || v.f[i] != v.f[i] ? v.f[i] : most;
+    return most;
+}
 inline void store_lanes(float* p, const V& v, uint16_t mask) {
     for (int i = 0; i < 16; ++i)
         if ((mask >> i) & 1) p[i] = v.f[i];

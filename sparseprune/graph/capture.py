@@ -6,13 +6,17 @@ decision of the model's own code, with fewer; at last with the example's sizes o
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TextIO, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +28,8 @@ from ..errors import UnsupportedError
 from . import passes
 from .ir import Graph
 from .lower import lower
-from .segments import Segmented, split
+from .segmented import Segmented
+from .segments import split
 from .shapes import ShapeDependentError
 from .snapshot import snapshot
 
@@ -78,7 +83,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, optimize: bool = True) -
     device = next((tensor.device for tensor in frozen.parameters()), torch.device("cpu"))
     # detach makes each leaf an object of its own, also where one tensor is passed twice.
     leaves = [leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    found = _first_success(frozen, leaves, in_spec, lower)
+    found = _first_success(frozen, leaves, in_spec, _lower)
     shapes = [item.shape for item in found.result.inputs]
     graph = passes.optimize(found.result) if optimize else found.result
     return Captured(graph, in_spec, found.out_spec, _constants(leaves), tuple(_notes(shapes, leaves, found)))
@@ -94,8 +99,10 @@ class CapturedSegments:
     notes: tuple[str, ...]
 
 
-def capture_segments(model: nn.Module, args: tuple[Any, ...]) -> CapturedSegments:
+def capture_segments(model: nn.Module, args: tuple[Any, ...], why: str) -> CapturedSegments:
     """Exports a model that `capture` refused, and cuts it into native and torch segments.
+
+    `why` is what `capture` said: the reason where no operator is one, but the outputs are.
 
     Raises:
         ExportError: It cannot be exported either.
@@ -108,7 +115,8 @@ def capture_segments(model: nn.Module, args: tuple[Any, ...]) -> CapturedSegment
     leaves = [leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     found = _first_success(frozen, leaves, in_spec, split)
     notes = _notes([shape for _, shape, _ in found.result.inputs], leaves, found)
-    return CapturedSegments(found.result, in_spec, _constants(leaves), (*notes, *found.result.notes))
+    segmented = found.result if found.result.refused else replace(found.result, refused=(why,))
+    return CapturedSegments(segmented, in_spec, _constants(leaves), (*notes, *segmented.notes))
 
 
 def check_dtypes(model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -169,11 +177,11 @@ class _Found(Generic[_T]):
     fixed: dict[_Place, str]
 
 
-_Finish = Callable[[ExportedProgram, dict[str, Any]], _T]
+_Finish = Callable[[ExportedProgram, TreeSpec], _T]
 
 
 def _first_success(model: nn.Module, leaves: list[Any], in_spec: TreeSpec, finish: _Finish[_T]) -> _Found[_T]:
-    """Tries with ever fewer dynamic sizes; `finish` makes of an export and its output tree what is wanted."""
+    """Tries with ever fewer dynamic sizes; `finish` makes what is wanted of an export and its outputs' nesting."""
     places = [(place, dim) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
               for dim in range(leaf.ndim) if dim != 1]  # fmt: skip
     plans = [places, [(place, dim) for place, dim in places if dim == 0], []]
@@ -220,7 +228,7 @@ def _attempt(
     doubled = {place for place, dim in dynamic if dim == 0 and leaves[place].shape[0] == 1}
     example = [torch.cat([leaf, leaf]) if place in doubled else leaf for place, leaf in enumerate(leaves)]
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with _quiet(), torch.inference_mode(False), torch.no_grad():
             shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]  # by tensor: forward may take *args
             for place, leaf in enumerate(example):
                 for dim in range(leaf.ndim if isinstance(leaf, Tensor) else 0):
@@ -236,7 +244,40 @@ def _attempt(
         raise UnsupportedError("torch.export did not record how the outputs are nested")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's, when it copies its own tree specs to decompose
-        return finish(exported, _output_tree(exported, out_spec)), out_spec
+        return finish(exported, out_spec), out_spec
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's log of everything that it has traced, where it fails; the error has the reason."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    logger.addFilter(_above_warning)
+    try:
+        with redirect_stderr(_WithoutGraphs(sys.stderr)):
+            yield
+    finally:
+        logger.removeFilter(_above_warning)
+
+
+def _above_warning(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.WARNING
+
+
+class _WithoutGraphs(io.TextIOBase):
+    """Passes everything on but the graphs that torch.export prints when it fails."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return len(text) if text.lstrip().startswith("def forward(self, arg") else self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def _lower(exported: ExportedProgram, out_spec: TreeSpec) -> Graph:
+    return lower(exported, _output_tree(exported, out_spec))
 
 
 def _pinned(exported: ExportedProgram, doubled: set[int]) -> dict[_Place, str]:

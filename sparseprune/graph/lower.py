@@ -209,9 +209,12 @@ class Lowering:
         axes = list(axes)
         if (before := self.producer(value)) is not None and before.op == "permute":
             value, axes = before.inputs[0], [before.attrs["axes"][axis] for axis in axes]
-        if axes == list(range(len(axes))):
-            return value
-        return self.emit(node, "permute", [value], [self.shapes[value][axis] for axis in axes], attrs={"axes": axes})
+        shape = [self.shapes[value][axis] for axis in axes]
+        # Sizes of 1 may move without moving an element.
+        longer = [axis for axis in axes if static(self.shapes[value][axis]) != 1]
+        if longer == sorted(longer) and self.symbols.encode(shape, self.shapes[value], infer=True) is not None:
+            return self.reshape(value, shape, node)
+        return self.emit(node, "permute", [value], shape, attrs={"axes": axes})
 
     def again(self, value: int, source: int, node: fx.Node) -> int:
         """What made `value` of a tensor of `source`'s shape, done to `source`."""
@@ -219,6 +222,8 @@ class Lowering:
         assert before is not None
         if before.op in ("reshape", "flatten"):
             return self.reshape(source, self.shapes[value], node)
+        if before.op == "permute":
+            return self.permute(source, before.attrs["axes"], node)
         name = self.names.helper(node, before.op)
         return self._append(replace(before, name=name, inputs=(source,)), self.shapes[value])
 
@@ -315,7 +320,8 @@ class Lowering:
         return tensor.untyped_storage().data_ptr() in self.frozen_storages
 
     def _call(self, node: fx.Node) -> None:
-        if all(item in self.constants for item in node.all_input_nodes) and _is_pure(node):
+        pattern = self._pattern(node)
+        if _is_pure(node) and all(item in self.constants or item is pattern for item in node.all_input_nodes):
             self._fold(node)
         elif _is_size(node.meta.get("val")):
             self._size(node)
@@ -328,12 +334,25 @@ class Lowering:
         else:
             self._operator(node)
 
+    def _pattern(self, node: fx.Node) -> fx.Node | None:
+        """The computed tensor of which only the shape is used, where the result's is fixed."""
+        from .operators import FACTORIES
+
+        fixed = isinstance(node.meta.get("val"), Tensor) and None not in map(static, node.meta["val"].shape)
+        if not fixed or operator_name(node).removeprefix("aten::") not in FACTORIES:
+            return None
+        return node.args[0] if node.args[0] in self.cells else None  # type: ignore[return-value]
+
     def _fold(self, node: fx.Node) -> None:
         """Computes a constant now: a mask times a weight, say."""
         for item in _written(node):
             if isinstance(found := self.constants.get(item), Tensor) and self._is_frozen(found):
                 raise UnsupportedError(f"{describe(node)}: writes a parameter, buffer or constant of the model")
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda item: self.constants[item])
+        pattern = self._pattern(node)
+        stand_in = None if pattern is None else torch.empty([static(size) or 1 for size in pattern.meta["val"].shape])
+        args, kwargs = fx.node.map_arg(
+            (node.args, dict(node.kwargs)), lambda item: stand_in if item is pattern else self.constants[item]
+        )
         target: Callable[..., Any] = node.target  # type: ignore[assignment]
         with torch.no_grad():
             self.constants[node] = target(*args, **kwargs)

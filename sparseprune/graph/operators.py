@@ -24,7 +24,7 @@ from .shapes import ShapeDependentError, known_equal, known_same, ratio, static
 if TYPE_CHECKING:
     from .lower import Lowering
 
-__all__ = ["COPIES", "IDENTITIES", "TABLE", "VIEWS", "Entry", "bind", "operator_table"]
+__all__ = ["COPIES", "FACTORIES", "IDENTITIES", "TABLE", "VIEWS", "Entry", "bind", "operator_table"]
 
 Arguments = dict[str, Any]
 Handler = Callable[["Lowering", fx.Node, Arguments], "int | list[int]"]
@@ -44,6 +44,8 @@ _SURE = ("view", "_unsafe_view", "view_as", "squeeze", "unsqueeze", "unflatten",
 _UNSURE = ("flatten", "reshape", "reshape_as", "ravel", "contiguous", "to", "type_as")
 VIEWS = dict.fromkeys(_SURE, "view") | dict.fromkeys(_UNSURE, "perhaps a copy")
 COPIES = {"clone", "_to_copy", "lift_fresh_copy"}
+# What depends on the first argument's shape only.
+FACTORIES = {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"}
 # These may give back their input itself.
 IDENTITIES = {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
 
@@ -237,10 +239,27 @@ def _matrix(ctx: Lowering, node: fx.Node, value: int, weight: Tensor, bias: Any 
     shape = ctx.shapes[value]
     if weight.ndim != 2:
         raise _refuse(node, f"expected a weight of 2 dimensions, got {weight.ndim}")
+    full = [*shape[:-1], weight.shape[0]]
+    if len(shape) == 4 and _is_image(ctx, value, full):
+        image = ctx.permute(value, [0, 3, 1, 2], node)
+        attrs = {"dims": 2, "stride": [1, 1], "padding": [0] * 4, "dilation": [1, 1], "groups": 1}
+        result = ctx.emit(node, "conv", [image], [full[0], *full[3:], *full[1:3]], attrs=attrs,
+                          weight=ctx.add_weight(weight[:, :, None, None]), bias=_bias(ctx, node, bias))  # fmt: skip
+        return ctx.permute(result, [0, 2, 3, 1], node)
     flat = ctx.reshape(value, [math.prod(shape[:-1]), shape[-1]], node)
     result = ctx.emit(node, "linear", [flat], [ctx.shapes[flat][0], weight.shape[0]], weight=ctx.add_weight(weight),
                       bias=_bias(ctx, node, bias))  # fmt: skip
-    return ctx.reshape(result, [*shape[:-1], weight.shape[0]], node)
+    return ctx.reshape(result, full, node)
+
+
+def _is_image(ctx: Lowering, value: int, full: Sequence[Any]) -> bool:
+    """Whether (N, H, W, C) was (N, C, H, W) before, so that 1×1 convolutions need no reordering; or no reshape could
+    restore `full`."""
+    before = ctx.producer(value)
+    if before is not None and before.op == "layer_norm":
+        before = ctx.producer(before.inputs[0])
+    last = before is not None and before.op == "permute" and before.attrs["axes"] == [0, 2, 3, 1]
+    return last or ctx.symbols.encode(full, [math.prod(full[:-1]), full[-1]], infer=True) is None
 
 
 def _matmul(ctx: Lowering, node: fx.Node, a: Arguments) -> int:
@@ -402,7 +421,7 @@ def _softmax(ctx: Lowering, node: fx.Node, a: Arguments) -> int:
 def _activate(ctx: Lowering, node: fx.Node, value: int, act: str, **numbers: float) -> int:
     """Before a movement of elements rather than after it, so that it meets what computes them."""
     before = ctx.producer(value)
-    if before is not None and before.op in ("reshape", "flatten", "pixel_shuffle"):
+    if before is not None and before.op in ("reshape", "flatten", "permute", "pixel_shuffle"):
         return ctx.again(value, _activate(ctx, node, before.inputs[0], act, **numbers), node)
     return ctx.emit(node, "act", [value], ctx.shapes[value], attrs={"act": act, **numbers})
 
@@ -650,7 +669,7 @@ def _extremum(op: str, kind: str) -> Handler:
 def _dropout(ctx: Lowering, node: fx.Node, a: Arguments) -> int:
     if a["train"] and a["p"] != 0:
         raise _refuse(node, "drops at inference too (training=True)")
-    return ctx.value(a["input"], node)
+    return ctx.value(_input(a), node)
 
 
 # ---- pooling and reduction
@@ -1180,7 +1199,7 @@ TABLE: dict[str, Entry] = {
     **_entries("expand expand_as broadcast_to", _expand, "expand", _FIXED),
     **_entries("repeat tile", _repeat, "expand, concat", _FIXED),
     **_entries("repeat_interleave", _repeat_interleave, "reshape, expand", "one count along one dimension"),
-    **_entries("zeros empty new_zeros zeros_like empty_like", _filled(0), "constant, expand", _FIXED),
+    **_entries("zeros empty new_zeros new_empty zeros_like empty_like", _filled(0), "constant, expand", _FIXED),
     **_entries("ones new_ones ones_like", _filled(1), "constant, expand", _FIXED),
     **_entries("full new_full full_like fill", _filled(None), "constant, expand", _FIXED),
     **_entries("copy", _copy, "expand, or nothing"),

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -33,7 +33,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from .. import runtime
 from ..errors import UnsupportedError
@@ -41,158 +41,35 @@ from . import passes
 from .ir import Graph
 from .lower import Lowering
 from .naming import describe, operator_name
+from .segmented import Held, Kind, Segment, Segmented
 from .shapes import ShapeDependentError, Symbols
 
-__all__ = ["Segment", "Segmented", "split"]
+__all__ = ["split"]
 
-Kind = Literal["native", "torch"]
 _SIZES = {"aten::sym_size", "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset"}
 _HEAVY = re.compile(r"conv|linear|matmul|einsum|pool|attention|bmm|^(add)?mm$|^(add)?mv$|^dot$|lstm|gru")
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """A part of a model; values are numbered, the model's inputs first.
-
-    Attributes:
-        kind: What runs it.
-        reads, writes: The values that it takes and gives, in order.
-        frees: The values that nobody reads later.
-        nodes: How many operators it has.
-        operators: What it consists of: native operators or layers, or torch's operators with their layers.
-        graph, program: Of a native segment.
-        module: Of a torch segment.
-    """
-
-    kind: Kind
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    operators: tuple[str, ...]
-    graph: Graph | None = None
-    program: runtime.Program | None = None
-    module: fx.GraphModule | None = None
-    frees: tuple[int, ...] = ()
-    nodes: int = 0
-
-    def __call__(self, values: Sequence[Any]) -> Sequence[Any]:
-        if self.program is None:
-            assert self.module is not None
-            return self.module(*values)  # type: ignore[no-any-return]
-        inputs = [x.detach().contiguous() for x in values]
-        plan = self.program.plan(*(tuple(x.shape) for x in inputs))
-        outputs = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in plan.output_shapes]
-        plan.run([x.numpy() for x in inputs], [y.numpy() for y in outputs])
-        return outputs
-
-
-@dataclass(frozen=True, eq=False)
-class Segmented:
-    """A model as alternating segments; safe to run from many threads at once.
-
-    Attributes:
-        inputs: Name, shape (sizes by name are open, equal names are equal sizes) and dtype of each input.
-        segments: In order.
-        outputs: The numbers of the values that the model returns; a tensor is a constant.
-        tree: Their nesting, as in `docs/program.md`.
-        refused: Every operator that is in the way of one program, with its layer and the reason.
-        random: Whether some operator draws random numbers.
-        notes: What else is worth knowing.
-    """
-
-    inputs: tuple[tuple[str, tuple[int | str, ...], torch.dtype], ...]
-    segments: tuple[Segment, ...]
-    outputs: tuple[int | Tensor, ...]
-    tree: dict[str, Any]
-    refused: tuple[str, ...]
-    random: bool = False
-    notes: tuple[str, ...] = ()
-
-    def run(self, leaves: Sequence[Tensor], observe: Callable[[int, Sequence[Any], float], None] | None = None) -> Any:
-        """Runs all segments; returns fresh tensors, nested. `observe` is told each segment's inputs and seconds."""
-        return runtime.nest(self.tree, iter(self.flat(leaves, observe)))
-
-    def flat(
-        self, leaves: Sequence[Tensor], observe: Callable[[int, Sequence[Any], float], None] | None = None
-    ) -> list[Tensor]:
-        from time import perf_counter
-
-        self._check_sizes(leaves)
-        values: dict[int, Any] = {place: x.detach().contiguous() for place, x in enumerate(leaves)}
-        with torch.no_grad():
-            for place, segment in enumerate(self.segments):
-                reads = [values[number] for number in segment.reads]
-                start = perf_counter()
-                written = segment(reads)
-                if observe is not None:
-                    observe(place, reads, perf_counter() - start)
-                values.update(zip(segment.writes, written, strict=True))
-                for number in segment.frees:
-                    values.pop(number, None)
-            return self._fresh(values, leaves)
-
-    def shapes(self, leaves: Sequence[Tensor]) -> list[tuple[runtime.Program, list[tuple[int, ...]]]]:
-        """Every native segment's program with the shapes of its inputs in a run."""
-        seen: list[tuple[runtime.Program, list[tuple[int, ...]]]] = []
-
-        def note(place: int, reads: Sequence[Any], _: float) -> None:
-            program = self.segments[place].program
-            if program is not None:
-                seen.append((program, [tuple(x.shape) for x in reads]))
-
-        self.flat(leaves, note)
-        return seen
-
-    def _fresh(self, values: dict[int, Any], leaves: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs: none of them in memory of an input, of a constant or of another output."""
-        taken = {x.untyped_storage().data_ptr() for x in leaves} | self._constants
-        outputs = []
-        for item in self.outputs:
-            y = item if isinstance(item, Tensor) else values[item]
-            if y.untyped_storage().data_ptr() in taken:
-                y = y.clone()
-            taken.add(y.untyped_storage().data_ptr())
-            outputs.append(y)
-        return outputs
-
-    def _check_sizes(self, leaves: Sequence[Tensor]) -> None:
-        sizes: dict[str, int] = {}
-        for x, (name, shape, _) in zip(leaves, self.inputs, strict=True):
-            for dim, (size, expected) in enumerate(zip(x.shape, shape, strict=True)):
-                if size == 0:
-                    raise ValueError(f"input {name!r}: extent 0 of {tuple(x.shape)} is not supported")
-                want = expected if isinstance(expected, int) else sizes.setdefault(expected, size)
-                if size != want:
-                    what = f"equal sizes {expected}" if isinstance(expected, str) else f"size {expected}"
-                    raise ValueError(f"input {name!r}: expected {what} in dimension {dim}, got {tuple(x.shape)}")
-
-    @property
-    def _constants(self) -> set[int]:
-        held = {item.untyped_storage().data_ptr() for item in self.outputs if isinstance(item, Tensor)}
-        for segment in self.segments:
-            if segment.module is not None:
-                held.update(buffer.untyped_storage().data_ptr() for buffer in segment.module.buffers())
-        return held
-
-
-def split(exported: ExportedProgram, tree: dict[str, Any]) -> Segmented:
+def split(exported: ExportedProgram, out_spec: TreeSpec) -> Segmented:
     """Cuts a model that cannot be lowered as a whole.
 
     Args:
         exported: Of a model in evaluation mode, on the CPU.
-        tree: The nesting of the outputs.
+        out_spec: The nesting of the outputs.
 
     Raises:
         ShapeDependentError: Fixed sizes may help.
         UnsupportedError: The model has a state that a call changes.
     """
     known: dict[Any, Any] = {}
-    while True:
-        splitter = _Splitter(exported.run_decompositions(known), known)
-        try:
-            return splitter.segmented(tree)
-        except _Decompose as wanted:
-            known[wanted.target] = wanted.by
+    with torch.inference_mode(False), torch.no_grad():
+        while True:
+            splitter = _Splitter(exported.run_decompositions(known), known)
+            try:
+                return splitter.segmented(out_spec)
+            except _Decompose as wanted:
+                known[wanted.target] = wanted.by
 
 
 class _Decompose(Exception):
@@ -277,15 +154,20 @@ class _Splitter:
 
     def _outputs(self) -> None:
         self.returned: list[Any] = []
+        self.numbers: set[fx.Node] = set()  # sizes that the model returns
         specs = self.exported.graph_signature.output_specs
         for item, spec in zip(self.exported.graph.output_node().args[0], specs, strict=True):  # type: ignore[arg-type]
             if spec.kind is not OutputKind.USER_OUTPUT:
                 raise UnsupportedError(f"the forward writes {spec.target!r}; what is converted has no state")
-            if isinstance(spec.arg, TensorArgument):
-                self.returned.append(item)
+            size = isinstance(item, fx.Node) and isinstance(item.meta.get("val"), _NUMBERS)
+            if size and item.op == "call_function":
+                with self.exported.graph.inserting_before(self.exported.graph.output_node()):
+                    item = self.exported.graph.node_copy(item)  # a value, unlike other sizes
+                self.numbers.add(item)
+            self.returned.append(item)
 
     def _walk(self) -> None:
-        dead = _dead(self.exported.graph)
+        dead = _dead(self.exported.graph) - self.numbers
         for node in self.exported.graph.nodes:
             if node.op == "get_attr":
                 self.constants[node] = operator.attrgetter(node.target)(self.exported.graph_module)
@@ -294,7 +176,7 @@ class _Splitter:
             reads = node.all_input_nodes
             if all(item in self.constants for item in reads) and _is_pure(node):
                 self._fold(node)
-            elif isinstance(node.meta.get("val"), _NUMBERS) and self._is_size(node):
+            elif node not in self.numbers and isinstance(node.meta.get("val"), _NUMBERS) and self._is_size(node):
                 self.sizes.add(node)
             elif node.target is operator.getitem and node.args[0] in self.units:
                 unit = self.units[node.args[0]]  # type: ignore[index]
@@ -309,7 +191,9 @@ class _Splitter:
                 if other is not None and other is not unit and other not in unit.after:
                     unit.after.append(other)
                     other.before.append(unit)
-            if why := self._not_float32(unit):
+            if unit.call in self.numbers:
+                unit.torch = True
+            elif why := self._not_float32(unit):
                 unit.torch = True
                 self.refused[unit.call] = why
 
@@ -351,7 +235,7 @@ class _Splitter:
 
     # ---- which segment
 
-    def segmented(self, tree: dict[str, Any]) -> Segmented:
+    def segmented(self, out_spec: TreeSpec) -> Segmented:
         while True:
             segments = self._assign()
             failed = False
@@ -365,11 +249,11 @@ class _Splitter:
             if not failed:
                 if not self.refused:  # nothing was asked to be native
                     self._refuse_all()
-                return self._build(segments, tree)
+                return self._build(segments, out_spec)
 
     def _refuse_all(self) -> None:
         for unit in self.order:
-            if (error := self._alone(unit)) is not None:
+            if unit.call not in self.numbers and (error := self._alone(unit)) is not None:
                 self.refused[unit.call] = str(error)
 
     def _assign(self) -> list[tuple[bool, list[fx.Node]]]:
@@ -545,15 +429,17 @@ class _Splitter:
 
     # ---- all together
 
-    def _build(self, segments: list[tuple[bool, list[fx.Node]]], tree: dict[str, Any]) -> Segmented:
+    def _build(self, segments: list[tuple[bool, list[fx.Node]]], out_spec: TreeSpec) -> Segmented:
         numbers = {node: place for place, node in enumerate(self.inputs)}
         built: list[Segment] = []
+        notes: list[str] = []
         for native, nodes in segments:
             writes = self._leaving(nodes)
             for node in writes:
                 numbers[node] = len(numbers)
             if native:
                 graph, reads = self._lower(nodes)
+                notes += _newly_fixed(graph, reads)
                 layers = [node.name for node in graph.nodes if node.weight is not None]
                 operators = tuple(layers or (node.op for node in graph.nodes))
                 parts: dict[str, Any] = {"graph": graph, "program": runtime.Program(graph.to_bytes())}
@@ -566,16 +452,20 @@ class _Splitter:
             kind: Kind = "native" if native else "torch"
             places = tuple(numbers[node] for node in reads)
             built.append(Segment(kind, places, tuple(numbers[node] for node in writes), operators, **parts))
-        outputs = tuple(self.constants[item] if item in self.constants else numbers[item] for item in self.returned)
+        outputs = tuple(
+            numbers[item] if item in numbers else Held(self.constants.get(item) if isinstance(item, fx.Node) else item)
+            for item in self.returned
+        )
         symbols = Symbols()
         inputs = tuple(
             (node.name, symbols.shape(node.name, node.meta["val"].shape), node.meta["val"].dtype)
             for node in self.inputs
         )
         names = [self.refused[unit.call] for unit in self.order if unit.call in self.refused]
-        native = {node for is_native, nodes in segments for node in nodes if is_native}
-        random = any(_is_random(unit.call) for unit in self.order if unit.call not in native)
-        return Segmented(inputs, _with_frees(built, outputs), outputs, tree, tuple(dict.fromkeys(names)), random)
+        random = any(_is_random(node) for native, nodes in segments for node in nodes if not native)
+        return Segmented(
+            inputs, _with_frees(built, outputs), outputs, out_spec, tuple(dict.fromkeys(names)), random, tuple(notes)
+        )
 
     def _torch(self, nodes: list[fx.Node], writes: list[fx.Node]) -> tuple[dict[str, Any], list[fx.Node]]:
         sub = _Part(self, nodes)
@@ -682,9 +572,17 @@ class _Part:
         return copied
 
 
-def _with_frees(segments: list[Segment], outputs: tuple[int | Tensor, ...]) -> tuple[Segment, ...]:
-    from dataclasses import replace
+def _newly_fixed(graph: Graph, reads: list[fx.Node]) -> list[str]:
+    """Sizes that a segment fixes, although they are open in the whole model."""
+    return [
+        f"input '{node.name}' of a native segment, dimension {dim}: its operators fix it"
+        for item, node in zip(graph.inputs, reads, strict=True)
+        for dim, (size, given) in enumerate(zip(item.shape, node.meta["val"].shape, strict=True))
+        if isinstance(size, int) and _integer(given) is None
+    ]
 
+
+def _with_frees(segments: list[Segment], outputs: tuple[int | Held, ...]) -> tuple[Segment, ...]:
     needed = {item for item in outputs if isinstance(item, int)}
     result: list[Segment] = []
     for segment in reversed(segments):
