@@ -204,6 +204,7 @@ void bind_program(py::module_& m) {
 [](const Plan& p) { return choice_list(p.choices()); })
         .def_property_readonly("threads", &Plan::threads)
         .def_property_readonly("isa", [](const Plan& p) { return std::string(p.isa()); })
+        .def_property_readonly("groups", &Plan::groups)
         .def_property_readonly("arena_bytes", &Plan::arena_bytes)
         .def_property_readonly("weight_bytes", &Plan::weight_bytes);
 
@@ -240,13 +241,17 @@ void bind_program(py::module_& m) {
         .def_property_readonly("layers", [](const Program& p) { return layer_list(p.graph()); })
         .def(
             "plan",
-            [](Program& p, const std::vector<Shape>& shapes, std::optional<int> threads, std::optional<std::string> isa) {
+            [](Program& p, const std::vector<Shape>& shapes, std::optional<int> threads, std::optional<std::string> isa,
+               std::optional<int64_t> bands) {
                 const Kernels& kernels = kernels_named(isa);
-                const int count = threads_or_default(threads);
+                PlanOptions options{&kernels, threads_or_default(threads)};
                 py::gil_scoped_release released;
-                return std::const_pointer_cast<Plan>(p.plan(shapes, count, kernels));
+                if (!bands) return std::const_pointer_cast<Plan>(p.plan(shapes, options.threads, kernels));
+                options.guarded = *bands > 0;
+                options.bands = *bands;
+                return std::const_pointer_cast<Plan>(p.plan_with(shapes, options));
             },
-            py::arg("shapes"), py::arg("threads") = py::none(), py::arg("isa") = py::none())
+            py::arg("shapes"), py::arg("threads") = py::none(), py::arg("isa") = py::none(), py::arg("bands") = py::none())
         .def(
             "set_choices",
             [](Program& p, const std::vector<Shape>& shapes, const py::list& choices, std::optional<std::string> isa) {

@@ -101,20 +101,25 @@ void make_masks(ConvPlan& p) {
         for (int64_t v = 0; v < out.row_vectors(); ++v) p.masks.push_back(lanes(out.w - v * 16));
 }
 
-void make_tiles(ConvPlan& p, int64_t in_offset, int64_t in_image, int64_t in_pitch, int64_t step) {
+// Whole rows where the lanes are shifted along them.
+int64_t tile_step(const ConvPlan& p) {
+    const bool shifted = p.choice.form != Form::halo && (p.shape.max_qx != 0 || p.shape.min_qx != 0);
+    return shifted ? p.shape.out.row_vectors() : 1;
+}
+
+// The tiles of rows [begin, end) of one image, in rows layout.
+void add_rows(std::vector<Tile>& tiles, const ConvPlan& p, int64_t in, int64_t in_pitch, int64_t out, int64_t begin, int64_t end) {
+    const int64_t most = p.choice.vectors, vr = p.shape.out.row_vectors(), pitch = p.shape.out.pitch, step = tile_step(p);
+    if (in_pitch == pitch) return add_run(tiles, in + begin * pitch, out + begin * pitch, (end - begin) * vr, most, step, begin * vr);
+    for (int64_t y = begin; y < end; ++y) add_run(tiles, in + y * in_pitch, out + y * pitch, vr, most, step, y * vr);
+}
+
+void make_tiles(ConvPlan& p, int64_t in_offset, int64_t in_image, int64_t in_pitch) {
     const Layout& out = p.shape.out;
-    const int64_t most = p.choice.vectors, vr = out.row_vectors();
     if (out.kind == LayoutKind::flat) {
-        add_run(p.tiles, in_offset, 0, static_cast<int64_t>(p.masks.size()), most, 1, 0);
+        add_run(p.tiles, in_offset, 0, static_cast<int64_t>(p.masks.size()), p.choice.vectors, 1, 0);
     } else {
-        for (int64_t n = 0; n < out.n; ++n) {
-            if (in_pitch == out.pitch) {
-                add_run(p.tiles, in_offset + n * in_image, out.at(n, 0, 0), out.h * vr, most, step, 0);
-                continue;
-            }
-            for (int64_t y = 0; y < out.h; ++y)
-                add_run(p.tiles, in_offset + n * in_image + y * in_pitch, out.at(n, 0, y), vr, most, step, y * vr);
-        }
+        for (int64_t n = 0; n < out.n; ++n) add_rows(p.tiles, p, in_offset + n * in_image, in_pitch, out.at(n, 0, 0), 0, out.h);
     }
     p.chunk_tiles = {0, p.tiles.size()};
 }
@@ -136,9 +141,8 @@ std::vector<Column> make_columns(const ConvShape& s, const Offset& offset) {
 
 std::vector<Column> plan_direct(ConvPlan& p) {
     const ConvShape& s = p.shape;
-    const bool shifted = s.max_qx != 0 || s.min_qx != 0;
     make_masks(p);
-    make_tiles(p, s.in.offset, s.in.image, s.in.pitch, shifted ? s.out.row_vectors() : 1);
+    make_tiles(p, s.in.offset, s.in.image, s.in.pitch);
     return make_columns(s, [&](int64_t c, const Tap& tap, int64_t) {
         return Column{narrow_offset(c * s.in.plane + tap.qy * s.in.pitch), static_cast<int32_t>(tap.qx)};
     });
@@ -175,7 +179,7 @@ void make_tap_masks(ConvPlan& p) {
     }
 }
 
-std::vector<Column> plan_copy(ConvPlan& p) {
+std::vector<Column> plan_copy(ConvPlan& p, int64_t rows) {
     const ConvShape& s = p.shape;
     const bool halo = p.choice.form == Form::halo;
     PhaseCopy& copy = p.copy;
@@ -185,15 +189,14 @@ std::vector<Column> plan_copy(ConvPlan& p) {
             copy.phases.push_back({tap.py, tap.px});
     std::vector<int64_t> phase_of;  // by tap
     for (const Tap& tap : s.taps) phase_of.push_back(numbers.at({tap.py, tap.px}));
-    copy.rows = s.out.h + s.max_qy - s.min_qy;
+    copy.rows = rows ? rows : s.out.h + s.max_qy - s.min_qy;
     copy.pitch = halo ? round_up(s.out.w + s.max_qx - s.min_qx, 16) : s.out.pitch;
     copy.first_column = halo ? s.min_qx : 0;
     copy.phase = s.out.n * copy.rows * copy.pitch;
     copy.plane = odd_lines(static_cast<int64_t>(copy.phases.size()) * copy.phase);
     p.packed_floats = s.in.c * copy.plane + 64;
-    const bool shifted = !halo && (s.max_qx != 0 || s.min_qx != 0);
     make_masks(p);
-    make_tiles(p, 0, copy.rows * copy.pitch, copy.pitch, shifted ? s.out.row_vectors() : 1);
+    make_tiles(p, 0, copy.rows * copy.pitch, copy.pitch);
     return make_columns(s, [&](int64_t c, const Tap& tap, int64_t t) {
         const int64_t at = c * copy.plane + phase_of[static_cast<size_t>(t)] * copy.phase + (tap.qy - s.min_qy) * copy.pitch;
         return halo ? Column{narrow_offset(at + tap.qx - s.min_qx), 0} : Column{narrow_offset(at), static_cast<int32_t>(tap.qx)};
@@ -275,6 +278,12 @@ std::vector<Column> plan_panel(ConvPlan& p) {
 
 }  // namespace
 
+std::vector<Tile> row_tiles(const ConvPlan& p, int64_t begin, int64_t end) {
+    std::vector<Tile> tiles;
+    add_rows(tiles, p, 0, p.choice.form == Form::direct ? p.shape.in.pitch : p.copy.pitch, 0, begin, end);
+    return tiles;
+}
+
 ConvShape conv_shape(const Node& node, const Layout& in, const Layout& out) {
     ConvShape s{in, out, node.window, node.groups, in.c / node.groups, {}, 0, 0, 0, 0};
     if (node.op == Op::linear) s.window = Window{};
@@ -350,9 +359,10 @@ std::vector<Choice> conv_choices(const ConvShape& s, double density, const Kerne
     return out;
 }
 
-ConvPlan plan_conv(const ConvShape& shape, const Weight& weight, const Choice& choice, const Kernels& kernels) {
+ConvPlan plan_conv(const ConvShape& shape, const Weight& weight, const Choice& choice, const Kernels& kernels, int64_t copy_rows) {
     ConvPlan p;
     p.choice = choice;
+    p.residual_plane = shape.out.plane;
     const std::vector<int> counts = vector_counts(shape, choice.form, choice.kind, kernels);
     if (std::find(counts.begin(), counts.end(), choice.vectors) == counts.end()) {
         throw ValueError(message("vectors=", choice.vectors, " does not fit form=", form_name(choice.form)));
@@ -362,7 +372,7 @@ ConvPlan plan_conv(const ConvShape& shape, const Weight& weight, const Choice& c
     switch (choice.form) {
         case Form::direct: columns = plan_direct(p); break;
         case Form::phases:
-        case Form::halo: columns = plan_copy(p); break;
+        case Form::halo: columns = plan_copy(p, copy_rows); break;
         case Form::panel: columns = plan_panel(p); break;
         case Form::taps: columns = plan_taps(p); break;
         case Form::dot: throw ValueError("form=dot has no tiles");

@@ -55,8 +55,14 @@ struct ConvPlan {
     std::vector<uint16_t> index_masks;
     std::vector<uint16_t> tap_masks;  // form taps: by (group, vector)
     int64_t panel_plane = 0, vectors = 0;
+    int64_t residual_plane = 0;  // floats between two planes of the value that is added
     int unroll = 1;
 };
-ConvPlan plan_conv(const ConvShape& shape, const Weight& weight, const Choice& choice, const Kernels& kernels);
+
+// Forms direct, phases and halo of one image: the tiles of output rows [begin, end).
+std::vector<Tile> row_tiles(const ConvPlan& plan, int64_t begin, int64_t end);
+
+// copy_rows: the most rows of a phase that a copy will hold at once; 0: all.
+ConvPlan plan_conv(const ConvShape& shape, const Weight& weight, const Choice& choice, const Kernels& kernels, int64_t copy_rows = 0);
 
 }  // namespace sparseprune

@@ -29,10 +29,18 @@ void PlanBuilder::build() {
     place_in_concats();
     for (size_t i = 0; i < graph_.inputs.size(); ++i)
         values_.push_back({external_layout(plan_.shapes_[i]), {Ref::input, static_cast<int>(i)}});
-    for (size_t i = 0; i < graph_.nodes.size(); ++i) {
+    for (size_t i = 0; i < graph_.nodes.size(); ++i)
+        for (int v : graph_.nodes[i].inputs) consumers_[v].push_back(static_cast<int>(i));
+    for (int v : graph_.outputs) consumers_[v].push_back(static_cast<int>(graph_.nodes.size()));
+    for (size_t i = 0; i < graph_.nodes.size();) {
+        if (const size_t built = build_depth_first(i)) {
+            i += built;
+            continue;
+        }
         node_ = static_cast<int>(i);
         value_ = static_cast<int>(graph_.inputs.size() + i);
         values_.push_back(build_node(graph_.nodes[i]));
+        ++i;
     }
     for (size_t i = 0; i < graph_.outputs.size(); ++i) {
         const Value& v = values_[static_cast<size_t>(graph_.outputs[i])];
@@ -349,19 +357,21 @@ void Plan::give_arena(Arena arena) const {
 
 void Plan::run(const float* const* inputs, float* const* outputs, std::vector<double>* node_seconds) const {
     Arena arena = take_arena();
-    const Run run{arena.data(), inputs, outputs};
+    double accounted = 0;
+    if (node_seconds) node_seconds->assign(graph_->nodes.size(), 0.0);
+    const Run run{arena.data(), inputs, outputs, node_seconds ? node_seconds->data() : nullptr, &accounted};
     const std::function<void(int, int)> step = [&](int i, int id) { steps_[static_cast<size_t>(i)].body(run, id); };
     const int count = static_cast<int>(steps_.size());
     if (!node_seconds) {
         run_steps(options_.threads, count, step);
     } else {
         using Clock = std::chrono::steady_clock;
-        node_seconds->assign(graph_->nodes.size(), 0.0);
         auto last = Clock::now();
         run_steps(options_.threads, count, step, [&](int i) {
             const auto now = Clock::now();
             if (!node_seconds->empty())
-                (*node_seconds)[static_cast<size_t>(steps_[static_cast<size_t>(i)].node)] += std::chrono::duration<double>(now - last).count();
+                (*node_seconds)[static_cast<size_t>(steps_[static_cast<size_t>(i)].node)] += std::chrono::duration<double>(now - last).count() - accounted;
+            accounted = 0;
             last = now;
         });
     }

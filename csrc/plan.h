@@ -1,5 +1,6 @@
 // A plan: how one graph runs for one set of input shapes, one thread count and one instruction set.
 #pragma once
+#include <array>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -18,6 +19,7 @@ struct PlanOptions {
     int threads = 1;
     bool guarded = false;     // each buffer ends at an inaccessible page (tests)
     bool any_choice = false;  // take wanted choices that this density and shape would not offer (tests)
+    int64_t bands = 0;        // > 0: groups run in so many bands an image, wherever they can; < 0: nothing runs in bands (tests)
 };
 
 // Pointers of one call.
@@ -25,6 +27,8 @@ struct Run {
     float* arena;
     const float* const* inputs;
     float* const* outputs;
+    double* node_seconds = nullptr;  // where given: what thread 0 knows better than from the ends of steps,
+    double* accounted = nullptr;     // and how much that was
 };
 
 class Plan {
@@ -45,6 +49,7 @@ public:
     const char* isa() const { return options_.kernels->name; }
     int64_t arena_bytes() const { return arena_floats_ * 4; }
     int64_t weight_bytes() const { return weight_bytes_; }
+    const std::vector<std::array<int64_t, 2>>& groups() const { return groups_; }  // nodes [begin, end) that run depth first, together
 
 private:
     friend class PlanBuilder;
@@ -62,6 +67,7 @@ private:
     std::vector<std::vector<Choice>> candidates_;
     std::vector<Step> steps_;
     std::vector<Buffer> buffers_;
+    std::vector<std::array<int64_t, 2>> groups_;
     int64_t arena_floats_ = 0, weight_bytes_ = 0;
     mutable std::mutex mutex_;
     mutable std::vector<Arena> free_arenas_;

@@ -1,6 +1,8 @@
-// Turns a graph into steps, layer by layer. plan.cpp: convolutions, linear layers, pooling; plan_tensor.cpp: the rest.
+// Turns a graph into steps, layer by layer. plan.cpp: convolutions, linear layers, pooling; plan_tensor.cpp: the other operators;
+// plan_depth_first.cpp: groups of layers that run together.
 #pragma once
 #include <map>
+#include <set>
 
 #include "plan.h"
 #include "steps.h"
@@ -20,6 +22,13 @@ public:
     PlanBuilder(Plan& plan, const Choices& wanted) : plan_(plan), graph_(*plan.graph_), wanted_(wanted) {}
     void build();
 
+    // The pointer of a reference; captured by value in every step.
+    struct Pointers {
+        const Plan* plan;
+        const float* in(const Run& run, Ref r) const;
+        float* out(const Run& run, Ref r) const;
+    };
+
 private:
     struct Value {
         Layout layout;
@@ -34,12 +43,6 @@ private:
     const Value& input(const Node& node, size_t i) const { return values_[static_cast<size_t>(node.inputs[i])]; }
     const Shape& input_shape(const Node& node, size_t i) const { return shape_of(node.inputs[i]); }
 
-    // The pointer of a reference; captured by value in every step.
-    struct Pointers {
-        const Plan* plan;
-        const float* in(const Run& run, Ref r) const;
-        float* out(const Run& run, Ref r) const;
-    };
     Pointers pointers() const { return {&plan_}; }
 
     // plan.cpp
@@ -91,6 +94,19 @@ private:
     Value build_norm(const Node& node);
     Value build_matmul(const Node& node);
 
+    // plan_depth_first.cpp
+    struct BandNode;
+    struct Group;
+    size_t build_depth_first(size_t node);
+    std::optional<BandNode> band_node(size_t node);
+    Layout band_layout(int value) const;
+    std::pair<int, int64_t> band_root(int value, size_t begin, size_t end) const;
+    double traffic(int64_t bytes) const;
+    double cost_alone(const BandNode& node) const;
+    std::optional<Group> band_group(const std::vector<BandNode>& nodes, size_t begin, size_t end) const;
+    bool cost_of(const std::vector<BandNode>& nodes, Group& group, int64_t bands) const;
+    void build_group(const std::vector<BandNode>& nodes, const Group& group);
+
     Plan& plan_;
     const Graph& graph_;
     const Choices& wanted_;
@@ -102,6 +118,8 @@ private:
     };
     std::map<int, Place> places_;          // by value
     std::map<int, Ref> concat_buffers_;    // by node
+    std::map<int, std::vector<int>> consumers_;  // nodes, by value; the graph itself comes last
+    std::map<int, Layout> band_layouts_;         // by value: of those that are looked at
     int node_ = 0, value_ = 0;
 };
 

@@ -31,6 +31,15 @@ std::shared_ptr<const Plan> Program::plan(const std::vector<Shape>& shapes, int 
     return plan;
 }
 
+std::shared_ptr<const Plan> Program::plan_with(const std::vector<Shape>& shapes, const PlanOptions& options) {
+    Choices choices;
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        choices = choices_for({options.kernels->name, shapes});
+    }
+    return std::make_shared<const Plan>(graph_, shapes, options, choices);
+}
+
 std::shared_ptr<const Plan> Program::find_plan(const Key& key, int threads) {
     for (auto it = plans_.begin(); it != plans_.end(); ++it) {
         if (it->threads != threads || it->key != key) continue;

@@ -20,6 +20,9 @@ public:
     // The plan for these input shapes: from the cache, or made now (never tuned).
     std::shared_ptr<const Plan> plan(const std::vector<Shape>& shapes, int threads, const Kernels& kernels);
 
+    // A plan of its own, with these options (tests, benchmarks).
+    std::shared_ptr<const Plan> plan_with(const std::vector<Shape>& shapes, const PlanOptions& options);
+
     // Everything chosen so far, to be kept with the program.
     std::vector<Tuned> tuned();
 

@@ -104,25 +104,30 @@ int64_t pool_line(const Node& node, const Layout& from, const Layout& to) {
     return pool_scratch(from.w, to.w, w.kernel[1], column_stride(node, to), w.dilation[1], w.padding[2]);
 }
 
+void pool_rows(const Kernels& k, const Node& node, const Layout& from, const float* in, const Layout& to, float* out, float* scratch,
+               int64_t begin, int64_t end) {
+    const Window& w = node.window;
+    for (int64_t y = begin; y < end; ++y) {
+        const Span span = rows_inside(y * w.stride[0] - w.padding[0], w.kernel[0], w.dilation[0], from.h);
+        float* row = out + y * to.pitch;
+        const PoolRow job{in + span.first * from.pitch, from.pitch * w.dilation[0], span.rows, from.w, w.kernel[1],
+                          column_stride(node, to), w.dilation[1], w.padding[2], row, to.w, scratch};
+        if (node.op == Op::max_pool) {
+            k.max_pool_row(job);
+        } else {
+            k.sum_pool_row(job);
+            for (int64_t x = 0; x < to.w; ++x) row[x] /= average_divisor(node, from, y, x);
+        }
+        finish_row(to, row);
+    }
+}
+
 void pool_value(const Kernels& k, const Node& node, const Layout& from, const float* in, const Layout& to, float* out,
                 float* scratch, Part part) {
-    const Window& w = node.window;
     const int64_t begin = part.begin(to.c), end = part.end(to.c);
     for (int64_t c = begin; c < end; ++c)
         for (int64_t n = 0; n < to.n; ++n)
-            for (int64_t y = 0; y < to.h; ++y) {
-                const Span span = rows_inside(y * w.stride[0] - w.padding[0], w.kernel[0], w.dilation[0], from.h);
-                float* row = out + to.at(n, c, y);
-                const PoolRow job{in + from.at(n, c, span.first), from.pitch * w.dilation[0], span.rows, from.w, w.kernel[1],
-                                  column_stride(node, to), w.dilation[1], w.padding[2], row, to.w, scratch};
-                if (node.op == Op::max_pool) {
-                    k.max_pool_row(job);
-                } else {
-                    k.sum_pool_row(job);
-                    for (int64_t x = 0; x < to.w; ++x) row[x] /= average_divisor(node, from, y, x);
-                }
-                finish_row(to, row);
-            }
+            pool_rows(k, node, from, in + from.at(n, c, 0), to, out + to.at(n, c, 0), scratch, 0, to.h);
     zero_margins(to, out, begin, end);
 }
 
@@ -186,34 +191,37 @@ void pixel_shuffle_value(const Layout& from, const float* in, const std::array<i
     }
 }
 
-void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, float* out, Part part) {
+void copy_phase_rows(const Kernels& k, const ConvPlan& plan, size_t phase, const float* in, int64_t first, int64_t rows, float* out) {
     const ConvShape& s = plan.shape;
     const PhaseCopy& copy = plan.copy;
     const int64_t sy = s.window.stride[0], sx = s.window.stride[1];
-    for (int64_t c = part.begin(s.in.c); c < part.end(s.in.c); ++c) {
-        for (size_t ph = 0; ph < copy.phases.size(); ++ph) {
-            const auto [py, px] = copy.phases[ph];
-            // columns j with 0 <= sx * (j + first) + px < w
-            const int64_t before = -sx * copy.first_column - px;
-            const int64_t lead = std::clamp<int64_t>(before > 0 ? (before + sx - 1) / sx : 0, 0, copy.pitch);
-            const int64_t stop = s.in.w - 1 - px < 0 ? 0 : (s.in.w - 1 - px) / sx - copy.first_column + 1;
-            const int64_t count = std::max<int64_t>(0, std::min(copy.pitch, stop) - lead);
-            // rows r with 0 <= sy * (r + min_qy) + py < h
-            const int64_t above = -sy * s.min_qy - py;
-            const int64_t top = std::clamp<int64_t>(above > 0 ? (above + sy - 1) / sy : 0, 0, copy.rows);
-            const int64_t below = s.in.h - 1 - py < 0 ? 0 : (s.in.h - 1 - py) / sy - s.min_qy + 1;
-            const int64_t bottom = count == 0 ? top : std::max(top, std::min(copy.rows, below));
-            for (int64_t n = 0; n < s.in.n; ++n) {
-                float* image = out + c * copy.plane + static_cast<int64_t>(ph) * copy.phase + n * copy.rows * copy.pitch;
-                std::fill_n(image, top * copy.pitch, 0.0f);
-                std::fill_n(image + bottom * copy.pitch, (copy.rows - bottom) * copy.pitch, 0.0f);
-                if (bottom == top) continue;
-                const float* from = in + s.in.at(n, c, sy * (top + s.min_qy) + py) + sx * (lead + copy.first_column) + px;
-                k.copy_rows({from, image + top * copy.pitch, bottom - top, sy * s.in.pitch, copy.pitch, sx, lead, count,
-                             copy.pitch - lead - count});
-            }
-        }
-    }
+    const auto [py, px] = copy.phases[phase];
+    // columns j with 0 <= sx * (j + first_column) + px < w
+    const int64_t before = -sx * copy.first_column - px;
+    const int64_t lead = std::clamp<int64_t>(before > 0 ? (before + sx - 1) / sx : 0, 0, copy.pitch);
+    const int64_t stop = s.in.w - 1 - px < 0 ? 0 : (s.in.w - 1 - px) / sx - copy.first_column + 1;
+    const int64_t count = std::max<int64_t>(0, std::min(copy.pitch, stop) - lead);
+    // rows r with 0 <= sy * (r + min_qy) + py < h
+    const int64_t above = -sy * s.min_qy - py;
+    const int64_t top = std::clamp<int64_t>(above > 0 ? (above + sy - 1) / sy : 0, first, first + rows);
+    const int64_t below = s.in.h - 1 - py < 0 ? 0 : (s.in.h - 1 - py) / sy - s.min_qy + 1;
+    const int64_t bottom = count == 0 ? top : std::max(top, std::min(first + rows, below));
+    std::fill_n(out, (top - first) * copy.pitch, 0.0f);
+    std::fill_n(out + (bottom - first) * copy.pitch, (first + rows - bottom) * copy.pitch, 0.0f);
+    if (bottom == top) return;
+    const float* from = in + (sy * (top + s.min_qy) + py) * s.in.pitch + sx * (lead + copy.first_column) + px;
+    k.copy_rows({from, out + (top - first) * copy.pitch, bottom - top, sy * s.in.pitch, copy.pitch, sx, lead, count,
+                 copy.pitch - lead - count});
+}
+
+void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, float* out, Part part) {
+    const ConvShape& s = plan.shape;
+    const PhaseCopy& copy = plan.copy;
+    for (int64_t c = part.begin(s.in.c); c < part.end(s.in.c); ++c)
+        for (size_t ph = 0; ph < copy.phases.size(); ++ph)
+            for (int64_t n = 0; n < s.in.n; ++n)
+                copy_phase_rows(k, plan, ph, in + s.in.at(n, c, 0), 0, copy.rows,
+                                out + c * copy.plane + static_cast<int64_t>(ph) * copy.phase + n * copy.rows * copy.pitch);
 }
 
 void fill_panel(const Kernels& k, const ConvPlan& plan, size_t chunk, const float* in, float* out, Part part) {
@@ -274,8 +282,8 @@ std::vector<Share> share_work(const ConvPlan& plan, size_t chunk, int threads) {
     std::vector<Share> shares;
     for (size_t p = 0; p + 1 < tile_cuts.size(); ++p)
         for (size_t r = 0; r + 1 < row_cuts.size(); ++r)
-            shares.push_back({tile0 + tile_cuts[p], tile0 + tile_cuts[p + 1], plan.weight.cuts[row_cuts[r]],
-                              plan.weight.cuts[row_cuts[r + 1]]});
+            shares.push_back({plan.tiles.data() + tile0 + tile_cuts[p], static_cast<int64_t>(tile_cuts[p + 1] - tile_cuts[p]),
+                              plan.weight.cuts[row_cuts[r]], plan.weight.cuts[row_cuts[r + 1]]});
     return shares;
 }
 
@@ -288,10 +296,11 @@ void multiply(const Kernels& k, const ConvPlan& plan, const Share& share, const 
     job.bias = bias;
     job.residual = residual;
     job.plane = plan.shape.out.plane;
+    job.residual_plane = plan.residual_plane;
     job.row_begin = share.row_begin;
     job.row_end = share.row_end;
-    job.tiles = plan.tiles.data() + share.tile_begin;
-    job.tile_count = static_cast<int64_t>(share.tile_end - share.tile_begin);
+    job.tiles = share.tiles;
+    job.tile_count = share.tile_count;
     job.masks = plan.masks.data();
     job.act = act;
     job.start = w.start.data();
@@ -320,9 +329,9 @@ void multiply(const Kernels& k, const ConvPlan& plan, const Share& share, const 
 void multiply_and_activate(const Kernels& k, const ConvPlan& plan, const Share& share, const float* packed, const float* bias,
                            const float* residual, float* out, const Activation& act) {
     if (act.fits_epilogue()) return multiply(k, plan, share, packed, bias, residual, out, act);
-    for (size_t t = share.tile_begin; t < share.tile_end; ++t) {
-        multiply(k, plan, {t, t + 1, share.row_begin, share.row_end}, packed, bias, residual, out, {});
-        const Tile& tile = plan.tiles[t];
+    for (int64_t t = 0; t < share.tile_count; ++t) {
+        const Tile& tile = share.tiles[t];
+        multiply(k, plan, {&tile, 1, share.row_begin, share.row_end}, packed, bias, residual, out, {});
         for (int64_t row = share.row_begin; row < share.row_end; ++row) {
             float* to = out + row * plan.shape.out.plane + tile.out;
             k.act_row(to, to, tile.count * kLanes, act);

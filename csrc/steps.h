@@ -22,6 +22,9 @@ void add_values(const Kernels& k, const Layout& la, const float* a, const Layout
                 float* out, const Activation& act, Part part);
 // scratch: pool_line floats
 int64_t pool_line(const Node& node, const Layout& from, const Layout& to);
+// Output rows [begin, end) of one plane; in, out: its first rows.
+void pool_rows(const Kernels& k, const Node& node, const Layout& from, const float* in, const Layout& to, float* out, float* scratch,
+               int64_t begin, int64_t end);
 void pool_value(const Kernels& k, const Node& node, const Layout& from, const float* in, const Layout& to, float* out,
                 float* scratch, Part part);
 void adaptive_pool_value(const Kernels& k, const Node& node, const Layout& from, const float* in, const Layout& to, float* out,
@@ -32,12 +35,14 @@ void pixel_shuffle_value(const Layout& from, const float* in, const std::array<i
 
 // The packed input of a convolution: phase copy, or chunk `chunk` of the panel.
 void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, float* out, Part part);
+// `rows` rows from `first` of one image of phase number `phase`; in: the plane's first row.
+void copy_phase_rows(const Kernels& k, const ConvPlan& plan, size_t phase, const float* in, int64_t first, int64_t rows, float* out);
 void fill_panel(const Kernels& k, const ConvPlan& plan, size_t chunk, const float* in, float* out, Part part);
 
 // Which tiles and rows a thread computes, for each (chunk, thread).
 struct Share {
-    size_t tile_begin, tile_end;
-    int64_t row_begin, row_end;
+    const Tile* tiles;
+    int64_t tile_count, row_begin, row_end;
 };
 std::vector<Share> share_work(const ConvPlan& plan, size_t chunk, int threads);
 void multiply(const Kernels& k, const ConvPlan& plan, const Share& share, const float* packed, const float* bias,

@@ -73,6 +73,8 @@ class Plan:
     @property
     def arena_bytes(self) -> int: ...
     @property
+    def groups(self) -> list[list[int]]: ...  # nodes [begin, end) that run depth first, together
+    @property
     def weight_bytes(self) -> int: ...
 
 class Program:
@@ -94,7 +96,14 @@ class Program:
     def tuned(self) -> list[tuple[str, list[list[int]], list[ChoiceDict | None]]]: ...
     @property
     def layers(self) -> list[LayerDict]: ...
-    def plan(self, shapes: Sequence[tuple[int, ...]], threads: int | None = None, isa: str | None = None) -> Plan: ...
+    def plan(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        threads: int | None = None,
+        isa: str | None = None,
+        bands: int
+        | None = None,  # a plan of its own, not cached: > 0: depth first in so many bands, guarded; < 0: never so
+    ) -> Plan: ...
     def set_choices(
         self, shapes: Sequence[tuple[int, ...]], choices: Sequence[ChoiceDict | None], isa: str | None = None
     ) -> None: ...

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import _native, runtime
 from .errors import SparsepruneWarning, UnsupportedError
-from .graph.capture import CapturedSegments, ExportError, capture, capture_segments, check_dtypes, unwrap
+from .graph.capture import CapturedSegments, ExportError, capture, capture_segments, check_inputs, unwrap
 from .graph.segmented import Segment
 from .graph.snapshot import snapshot
 from .module import Converted, SparseModule
@@ -80,6 +80,8 @@ def convert(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if tune not in ("measure", "fixed"):
         raise ValueError(f"tune={tune!r}: expected 'measure' or 'fixed'")
+    if not isinstance(min_gain, int | float):
+        raise TypeError(f"min_gain: expected a number, got {type(min_gain).__name__}")
     if not min_gain > 0:
         raise ValueError(f"min_gain={min_gain} must be positive")
     _native.isa()  # a SPARSEPRUNE_ISA that cannot be had is an error now, not later
@@ -91,7 +93,7 @@ def convert(
 
 
 def _convert(model: nn.Module, args: tuple[Any, ...], tune: str, min_gain: float, verify: bool) -> Converted:
-    check_dtypes(model, args)
+    check_inputs(model, args)
     try:
         captured = capture(model, args)
     except ExportError as error:
@@ -138,9 +140,10 @@ def _convert_segments(
 ) -> Converted:
     segmented = captured.segmented
     natives = sum(segment.kind == "native" for segment in segmented.segments)
+    parts = f"is not one native program but {len(segmented.segments)} segments, {natives} of them native"
     _warn(
-        f"the model is not one native program, it runs in {len(segmented.segments)} segments, {natives} of them "
-        "native; in the way: " + "; ".join(_few(segmented.refused, 8))
+        f"the model {parts if natives else 'has no native part, it runs in torch'}; in the way: "
+        + "; ".join(_few(segmented.refused, 8))
     )
     inputs = _tensor_leaves(args)
     seen: dict[int, Sequence[Any]] = {}
@@ -218,7 +221,11 @@ def _convert_layers(
     except UnsupportedError:
         raise
     except Exception as own:  # the example does not run in torch either
-        raise error from own
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+        hint = "; a list is one input, a tuple several" if isinstance(args[0], list) else ""
+        why = f"{type(own).__name__}: {str(own).strip().partition(chr(10))[0]}"
+        what = f"the model itself fails on the example inputs ({shapes or 'no tensors'}{hint})"
+        raise UnsupportedError(f"{what}: {why}") from own
     why = str(error).strip().split("\n")[0]
     note = f"single layers were swapped ({swapped.count} of {len(swapped.layers)}), the rest runs in torch: {why}"
     _warn(f"the model is not one native program; {note}")

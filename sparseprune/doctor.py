@@ -18,6 +18,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 
@@ -108,8 +109,10 @@ def report(checks: Sequence[Check]) -> str:
         lines.append("Programs cannot run here: see what is missing above.")
     elif not usable(checks, "convert"):
         lines.append("Programs run here; converting needs what is missing above.")
+    elif not usable(checks, "build"):
+        lines.append("Everything to run and convert is here; building from source needs what is missing above.")
     else:
-        lines.append("Everything to run and convert is here.")
+        lines.append("Everything to run, convert and build is here.")
     return "\n".join(lines)
 
 
@@ -171,23 +174,35 @@ def _native_core() -> Found:
     return OK, str(native.__file__)
 
 
-def _isa() -> Found:
-    native = importlib.import_module("sparseprune._native")
+def _native_part(look: Callable[[Any], Found]) -> Callable[[], Found]:
+    """What the native core knows; why it is missing is a line of its own."""
+
+    def found() -> Found:
+        try:
+            native = importlib.import_module("sparseprune._native")
+        except ImportError:
+            return NOTE, "unknown without the native core"
+        return look(native)
+
+    return found
+
+
+def _isa(native: Any) -> Found:
     available = list(reversed(native.supported_isas()))
     forced = os.environ.get("SPARSEPRUNE_ISA")
     try:
         isa = native.isa()
     except ValueError as exc:
         return MISSING, _one_line(exc), f"unset SPARSEPRUNE_ISA (or set it to one of {', '.join(available)})"
-    others = [name for name in available if name != isa]
     text = f"{isa}, forced by SPARSEPRUNE_ISA" if forced else f"{isa}, detected"
-    if others:
-        text += f"; available as well: {', '.join(f'SPARSEPRUNE_ISA={name}' for name in others)}"
-    return OK, text
+    if isa != available[0]:
+        return NOTE, f"{text}; {available[0]} is here, and faster", "unset SPARSEPRUNE_ISA"
+    if isa == "scalar":
+        return NOTE, f"{text}: plain C++, several times slower than AVX2; programs run"
+    return OK, text + "".join(f"; SPARSEPRUNE_ISA={name} forces {name}" for name in available[1:])
 
 
-def _threads() -> Found:
-    native = importlib.import_module("sparseprune._native")
+def _threads(native: Any) -> Found:
     threads, default = native.num_threads(), native.available_cores()
     quota = _cpu_quota()
     text = f"{threads}, {'the default' if threads == default else f'set (the default is {default})'}; affinity "
@@ -250,7 +265,7 @@ def _torch() -> Found:
         text = "not installed" if absent else f"cannot be imported: {last}"
         return MISSING, f"{text}; sparseprune.convert and benchmark are not available, programs run", _WITH_TORCH
     version, threads = json.loads(last)
-    text = f"{version}, {threads} threads"
+    text = f"{version}, {threads} thread(s)"
     if _older(version, OLDEST["torch"]):
         return MISSING, f"{text}; {OLDEST['torch']} or newer is needed", _WITH_TORCH
     return OK, text
@@ -261,7 +276,11 @@ def _torch() -> Found:
 
 def _compiler() -> Found:
     fix = _system_package("g++", "gcc-c++")
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    why = "; torch.compile, which the benchmark measures too, needs one"
+    if named := os.environ.get("CXX"):
+        names, fix = [named], f"unset CXX, or {fix}"
+    else:
+        names = ["c++", "g++", "clang++"]
     for name in names:
         command = name.split()  # CXX="ccache g++"
         if shutil.which(command[0]) is None:
@@ -269,9 +288,9 @@ def _compiler() -> Found:
         status, output = _run([*command, "-std=c++17", "-Werror", "-x", "c++", "-fsyntax-only", "-"],
                               stdin="inline constexpr int x = 0;\n")  # fmt: skip
         if status != 0:
-            return MISSING, f"{name} does not compile C++17: {_one_line(output)}", fix
+            return MISSING, f"{name} does not compile C++17: {_one_line(output)}{why}", fix
         return OK, f"{name}: {_version_line(command)}"
-    return MISSING, f"no {' or '.join(names)}; torch.compile, one of the benchmark's baselines, needs one too", fix
+    return MISSING, f"CXX={named} is not here{why}" if named else f"no {', '.join(names)}{why}", fix
 
 
 def _headers() -> Found:
@@ -298,7 +317,7 @@ def _build_tool(name: str) -> Callable[[], Found]:
 def _nvcc() -> Found:
     path = shutil.which("nvcc")
     if path is None:
-        return NOTE, "not here; only a build with CUDA needs it", "sudo apt-get install nvidia-cuda-toolkit"
+        return NOTE, "not here; nothing needs it but a build with CUDA"
     lines = [line for line in _run([path, "--version"])[1].splitlines() if "release" in line]
     return OK, f"{lines[0] if lines else 'of unknown version'}, {path}"
 
@@ -308,8 +327,8 @@ _LOOKS: tuple[tuple[str, str, Callable[[], Found]], ...] = (
     ("run", "Python", _python),
     ("run", "NumPy", _package("numpy", f"pip install 'numpy>={OLDEST['numpy']}'")),
     ("run", "native core", _native_core),
-    ("run", "instruction set", _isa),
-    ("run", "threads", _threads),
+    ("run", "instruction set", _native_part(_isa)),
+    ("run", "threads", _native_part(_threads)),
     ("run", "memory", _memory),
     ("run", "huge pages", _huge_pages),
     ("convert", "torch", _torch),

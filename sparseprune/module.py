@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from . import runtime
 from .errors import SparsepruneError
-from .graph.segmented import Segmented
+from .graph.segmented import Segmented, check_sizes
 from .report import Report
 
 __all__ = ["SparseModule", "load"]
@@ -121,6 +121,7 @@ class SparseModule(nn.Module):
                 return (converted.dense or converted.runs)(*args, **kwargs)
         leaves = self._leaves(converted, args)
         if converted.dense is not None:
+            check_sizes(leaves, converted.inputs)  # whatever runs here, it takes what the program would
             with torch.no_grad():  # not inference_mode: its tensors cannot take part in a gradient later
                 return converted.dense(*args)
         if isinstance(converted.runs, Segmented):
@@ -151,7 +152,11 @@ class SparseModule(nn.Module):
             raise SparsepruneError(
                 "nothing is converted yet: call the module once, or give convert example_inputs, before save"
             )
-        write_beside(path, self._converted.program.data)
+        try:
+            data = self._converted.program.data
+        except SparsepruneError as error:
+            raise SparsepruneError(f"cannot be saved: {error}") from None
+        write_beside(path, data)
 
     def extra_repr(self) -> str:
         if self._converted is None:
@@ -178,17 +183,19 @@ class SparseModule(nn.Module):
 
     def _leaves(self, converted: Converted, args: tuple[Any, ...]) -> list[Tensor]:
         leaves: list[Any] = list(args)
-        if not (len(args) == 1 and isinstance(args[0], Tensor) and not converted.constants):
+        expected = converted.inputs
+        if not (len(args) == len(expected) == 1 and isinstance(args[0], Tensor) and not converted.constants):
             leaves, spec = tree_flatten(args)
             if converted.in_spec is not None and spec != converted.in_spec:
-                raise TypeError(f"inputs: expected the nesting {converted.in_spec}, got {spec}")
+                example = _example(converted.in_spec)
+                leaves = _matched(example, args, "inputs", converted.constants)
             for place, constant in converted.constants.items():
                 if type(leaves[place]) is not type(constant) or leaves[place] != constant:
                     raise ValueError(
-                        f"inputs: leaf {place} was {constant!r} at conversion, which fixed it; got {leaves[place]!r}"
+                        f"{_leaf_name(converted.in_spec, place)}: was {constant!r} at conversion, which fixed it; "
+                        f"got {leaves[place]!r}"
                     )
             leaves = [leaf for place, leaf in enumerate(leaves) if place not in converted.constants]
-        expected = converted.inputs
         if len(leaves) != len(expected):
             raise TypeError(f"inputs: expected {len(expected)} tensors, got {len(leaves)}")
         for leaf, (name, shape, dtype) in zip(leaves, expected, strict=True):
@@ -248,3 +255,41 @@ def _check_input(x: Any, name: str, shape: tuple[int | str, ...], dtype: torch.d
         raise ValueError(f"input {name!r}: expected a tensor on the CPU, got one on {x.device}")
     if x.dim() != len(shape):
         raise ValueError(f"input {name!r}: expected {len(shape)} dimensions {shape}, got shape {tuple(x.shape)}")
+
+
+def _example(spec: TreeSpec) -> Any:
+    """Arguments of this nesting, each leaf its place among all."""
+    return tree_unflatten(list(range(spec.num_leaves)), spec)
+
+
+def _leaf_name(spec: TreeSpec | None, place: int) -> str:
+    from .graph.capture import leaf_names
+
+    return f"inputs, leaf {place}" if spec is None else leaf_names(_example(spec))[place]
+
+
+def _matched(example: Any, given: Any, name: str, constants: dict[int, object]) -> list[Any]:
+    """The leaves of `given` in the order of `example`, whose own leaves are their places; a dict may have any order."""
+    got = f"a {type(given).__name__}"
+    if isinstance(example, dict):
+        if type(given) is not type(example) or given.keys() != example.keys():
+            got = f"the keys {list(given)}" if isinstance(given, dict) else got
+            raise TypeError(f"{name}: expected a {type(example).__name__} with the keys {list(example)}, got {got}")
+        parts = [(item, given[key], f"{name}[{key!r}]") for key, item in example.items()]
+    elif isinstance(example, list | tuple):
+        if type(given) is not type(example):
+            raise TypeError(f"{name}: expected a {type(example).__name__} of {len(example)}, got {got}")
+        if len(given) != len(example):
+            what = "positional argument(s)" if name == "inputs" else "item(s)"
+            raise TypeError(f"{name}: expected {len(example)} {what}, got {len(given)}")
+        parts = [(item, given[place], f"{name}[{place}]") for place, item in enumerate(example)]
+    elif isinstance(example, int):
+        if tree_flatten(given)[1] != tree_flatten(example)[1]:
+            wanted = repr(constants[example]) if example in constants else "a torch.Tensor"
+            raise TypeError(f"{name}: expected {wanted}, got {got}")
+        return [given]
+    else:  # some other container
+        if tree_flatten(given)[1] != tree_flatten(example)[1]:
+            raise TypeError(f"{name}: expected a {type(example).__name__}, nested as at conversion, got {got}")
+        return tree_leaves(given)
+    return [leaf for part in parts for leaf in _matched(*part, constants)]

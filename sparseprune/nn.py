@@ -135,7 +135,9 @@ class SparseConv2d(_Sparse):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Tensor) and x.dim() == 3:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+        if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         padding = self.padding
         if padding == "valid":

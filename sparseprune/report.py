@@ -118,7 +118,8 @@ class Report:
             )
         for segment in self.segments:
             share = "not timed" if segment.share is None else f"{segment.share:.0%} of the time"
-            lines.append(f"{segment.kind} segment, {share}: {segment.nodes} operators ({segment.operators})")
+            count = f"{segment.nodes} operator{'' if segment.nodes == 1 else 's'}"
+            lines.append(f"{segment.kind} segment, {share}: {count} ({segment.operators})")
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
 

@@ -121,6 +121,9 @@ def test_wrong_arguments() -> None:
         SparseConv2d(packed, padding="same", stride=2)
     with pytest.raises(ValueError, match="padding='full'"):
         SparseConv2d(packed, padding="full")
+    conv = SparseConv2d(packed)
+    with pytest.raises(TypeError, match="x: expected a torch.Tensor, got list"):
+        conv([torch.zeros(2, 4, 4)])
     sparse = SparseLinear.from_linear(nn.Linear(3, 3))
     with pytest.raises(TypeError, match="float32"):
         sparse(torch.zeros(2, 3, dtype=torch.float64))

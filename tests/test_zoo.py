@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sparseprune import cli, zoo
+from sparseprune import SparsepruneWarning, cli, convert, zoo
 from sparseprune.synthetic import fit_scale, prune_uniform
 
 # The usual counts: torchvision's for its networks, darknet's yolov4-tiny.cfg, the common PyTorch U-Net. The 32×32
@@ -54,6 +60,62 @@ def test_network_table(name: str) -> None:
     assert [tuple(y.shape) for y in outputs] == SHAPES.get(name, [(1, 1000)])
     for y in outputs:
         assert y.isfinite().all() and 1e-3 < y.std() < 1e3  # neither lost nor overflowing: worth comparing
+
+
+# Sizes that keep the tests short; the other networks are converted at their own.
+SIZES = {"resnet18": 64, "resnet50": 64, "vgg16": 32, "vgg16-bn": 32, "mobilenetv2": 64, "yolov4-tiny": 64,
+         "ssd300-mobilenetv2": 96, "unet": 32}  # fmt: skip
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+WITHOUT_TORCH = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "tqdm"):
+            raise ImportError(f"{name} is hidden")
+sys.meta_path.insert(0, Hidden())
+import numpy as np
+from sparseprune import runtime
+program, data = runtime.load("model.spr"), np.load("data.npz")
+outputs = program(data["x"])
+outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+expected = [data[f"y{place}"] for place in range(len(data.files) - 1)]
+assert [y.tobytes() for y in outputs] == [y.tobytes() for y in expected]
+assert [y.shape for y in outputs] == [y.shape for y in expected]
+assert not any(name.partition(".")[0] == "torch" for name in sys.modules)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("name", zoo.NETWORKS)
+def test_one_native_program_that_runs_without_torch(name: str, tmp_path: Path) -> None:
+    """True widths, but for the hidden linear layers of VGG: 120 M weights less to prune and verify."""
+    network = zoo.NETWORKS[name]
+    model = zoo.VGG(batch_norm=name == "vgg16-bn", hidden=64, seed=0) if "vgg" in name else network.factory()
+    channels, *size = network.input_shape
+    size = [SIZES[name]] * 2 if name in SIZES else size
+    x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+    fit_scale(prune_uniform(model.eval(), 0.95, exclude=network.keep_dense), [x])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SparsepruneWarning)
+        fast = convert(model, x[:1], tune="fixed")
+    report = fast.report
+    assert report.segments == () and report.runs == "sparse"
+    assert sorted(layer.name for layer in report.layers) == sorted(
+        layer for layer, module in model.named_modules() if isinstance(module, LAYERS)
+    )
+    assert all(layer.error is not None for layer in report.layers)  # each within its own bound, or an error
+    assert report.max_error is not None and report.bound is not None and report.max_error < report.bound / 10
+    outputs = tree_leaves(fast(x))
+    with torch.no_grad():
+        for y, want in zip(outputs, tree_leaves(model(x)), strict=True):
+            assert y.shape == want.shape and (y - want).abs().max() < 1e-4 * want.abs().max()
+    fast.save(tmp_path / "model.spr")
+    np.savez(tmp_path / "data.npz", x=x.numpy(), **{f"y{place}": y.numpy() for place, y in enumerate(outputs)})
+    run = [sys.executable, "-c", WITHOUT_TORCH]
+    path = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False, env=path)
+    assert done.stdout == "equal\n", done.stderr
 
 
 def test_networks_are_documented(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,8 +54,8 @@ struct SpmmJob {
     const float* in;
     float* out;              // already at the first row's plane 0
     const float* bias;       // rows, or null
-    const float* residual;   // same layout as out, or null
-    int64_t plane;           // floats between two rows' planes in out
+    const float* residual;   // rows of pixels as in out, or null
+    int64_t plane, residual_plane;  // floats between two rows' planes in out, in residual
     int64_t row_begin, row_end;
     const Tile* tiles;
     int64_t tile_count;

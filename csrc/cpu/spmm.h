@@ -13,11 +13,11 @@ inline V activate(V v, const Activation& act) {
 
 // Bias, residual, activation; lanes that are no pixel become zero, which later readers rely on.
 inline void store_vector(const SpmmJob& job, const Tile& tile, int64_t row, int t, V v) {
-    const int64_t at = row * job.plane + tile.out + t * kLanes;
+    const int64_t pixel = tile.out + t * kLanes;
     if (job.bias) v = add(v, set1(job.bias[row]));
-    if (job.residual) v = add(v, loadu(job.residual + at));
+    if (job.residual) v = add(v, loadu(job.residual + row * job.residual_plane + pixel));
     v = keep_lanes(activate(v, job.act), job.masks[tile.masks + t]);
-    storeu(job.out + at, v);
+    storeu(job.out + row * job.plane + pixel, v);
 }
 
 inline int64_t offset_of(const Entry& e) { return e.offset; }

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection, export
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from ..errors import UnsupportedError
 from . import passes
@@ -33,7 +34,16 @@ from .segments import split
 from .shapes import ShapeDependentError
 from .snapshot import snapshot
 
-__all__ = ["Captured", "CapturedSegments", "ExportError", "capture", "capture_segments", "check_dtypes", "unwrap"]
+__all__ = [
+    "Captured",
+    "CapturedSegments",
+    "ExportError",
+    "capture",
+    "capture_segments",
+    "check_inputs",
+    "leaf_names",
+    "unwrap",
+]
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _Place = tuple[int, int]  # (which leaf of args, which dimension)
@@ -77,7 +87,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, optimize: bool = True) -
     if not isinstance(args, tuple):
         raise TypeError(f"args: expected a tuple of positional arguments, got {type(args).__name__}; for one x: (x,)")
     leaves, in_spec = tree_flatten(args)
-    _check_leaves(leaves)
+    names = leaf_names(args)
+    _check_leaves(names, leaves)
     frozen = snapshot(unwrap(model))
     _check_parameters(frozen)
     device = next((tensor.device for tensor in frozen.parameters()), torch.device("cpu"))
@@ -86,7 +97,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, optimize: bool = True) -
     found = _first_success(frozen, leaves, in_spec, _lower)
     shapes = [item.shape for item in found.result.inputs]
     graph = passes.optimize(found.result) if optimize else found.result
-    return Captured(graph, in_spec, found.out_spec, _constants(leaves), tuple(_notes(shapes, leaves, found)))
+    return Captured(graph, in_spec, found.out_spec, _constants(leaves), tuple(_notes(names, shapes, leaves, found)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,26 +120,37 @@ def capture_segments(model: nn.Module, args: tuple[Any, ...], why: str) -> Captu
         UnsupportedError: A dtype, or an output, that no segment can have, or a state that calls change.
     """
     leaves, in_spec = tree_flatten(args)
-    _check_leaves(leaves, integers=True)
+    names = leaf_names(args)
+    _check_leaves(names, leaves, integers=True)
     frozen = snapshot(unwrap(model), own=True).cpu()
     _check_parameters(frozen)
     leaves = [leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     found = _first_success(frozen, leaves, in_spec, split)
-    notes = _notes([shape for _, shape, _ in found.result.inputs], leaves, found)
+    notes = _notes(names, [shape for _, shape, _ in found.result.inputs], leaves, found)
     segmented = found.result if found.result.refused else replace(found.result, refused=(why,))
     return CapturedSegments(segmented, in_spec, _constants(leaves), (*notes, *segmented.notes))
 
 
-def check_dtypes(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Raises `UnsupportedError` for parameters and inputs of a floating dtype that is not float32, or complex ones."""
+def check_inputs(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Raises `UnsupportedError` for parameters and inputs that are not float32, but integers; or that hold no data."""
     _check_parameters(unwrap(model))
-    for place, leaf in enumerate(tree_flatten(args)[0]):
+    for name, leaf in zip(leaf_names(args), tree_flatten(args)[0], strict=True):
         if isinstance(leaf, Tensor):
-            _check_leaf(place, leaf, integers=True)
+            _check_leaf(name, leaf, integers=True)
+
+
+def leaf_names(args: tuple[Any, ...]) -> list[str]:
+    """`inputs[0]`, `inputs[1]['image']`, …: how a call's arguments are called in errors, by place among all leaves."""
+    try:
+        return [f"inputs{keystr(path)}" for path, _ in tree_flatten_with_path(args)[0]]
+    except ValueError:  # some container has no names for its parts
+        return [f"inputs, leaf {place}" for place in range(len(tree_flatten(args)[0]))]
 
 
 def _check_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedError(f"parameter '{name}' is on the meta device: it has no values to convert")
         if (parameter.is_floating_point() or parameter.is_complex()) and parameter.dtype != torch.float32:
             raise UnsupportedError(f"parameter '{name}' is {parameter.dtype}, only torch.float32 is supported")
 
@@ -146,19 +168,22 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_leaves(leaves: list[Any], integers: bool = False) -> None:
+def _check_leaves(names: list[str], leaves: list[Any], integers: bool = False) -> None:
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        raise ValueError("args: expected at least one tensor, got none")
-    for place, leaf in enumerate(leaves):
+        kinds = ", ".join(dict.fromkeys(type(leaf).__name__ for leaf in leaves))
+        raise ValueError(f"inputs: expected at least one torch.Tensor, got {kinds or 'none'}")
+    for name, leaf in zip(names, leaves, strict=True):
         if isinstance(leaf, Tensor):
-            _check_leaf(place, leaf, integers)
+            _check_leaf(name, leaf, integers)
             if leaf.numel() == 0:
-                raise ValueError(f"args, leaf {place}: expected elements, got shape {tuple(leaf.shape)}")
+                raise ValueError(f"{name}: expected elements, got shape {tuple(leaf.shape)}")
 
 
-def _check_leaf(place: int, leaf: Tensor, integers: bool) -> None:
+def _check_leaf(name: str, leaf: Tensor, integers: bool) -> None:
     if leaf.dtype != torch.float32 and not (integers and not leaf.is_floating_point() and not leaf.is_complex()):
-        raise UnsupportedError(f"args, leaf {place}: is {leaf.dtype}, only torch.float32 is supported")
+        raise UnsupportedError(f"{name}: is {leaf.dtype}, only torch.float32 is supported")
+    if leaf.is_meta:
+        raise UnsupportedError(f"{name}: is on the meta device, expected a tensor with values")
 
 
 class _PinnedError(Exception):
@@ -206,7 +231,7 @@ def _first_success(model: nn.Module, leaves: list[Any], in_spec: TreeSpec, finis
     raise last
 
 
-def _notes(shapes: Iterable[Sequence[int | str]], leaves: list[Any], found: _Found[Any]) -> list[str]:
+def _notes(names: list[str], shapes: Iterable[Sequence[int | str]], leaves: list[Any], found: _Found[Any]) -> list[str]:
     """Why sizes are fixed, those that export fixed unasked included (`max_pool1d` does so, and a size of 1)."""
     tensors = (place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     fixed = dict(found.fixed)
@@ -214,7 +239,7 @@ def _notes(shapes: Iterable[Sequence[int | str]], leaves: list[Any], found: _Fou
         for dim, size in enumerate(shape):
             if isinstance(size, int) and (place, dim) in found.dynamic:
                 fixed[place, dim] = "torch.export fixes it"
-    return [f"args, leaf {place}, dimension {dim}: {why}" for (place, dim), why in sorted(fixed.items())]
+    return [f"{names[place]}, dimension {dim}: {why}" for (place, dim), why in sorted(fixed.items())]
 
 
 class ExportError(UnsupportedError):
@@ -236,7 +261,8 @@ def _attempt(
             exported = export(model, tree_unflatten(example, in_spec), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # export raises what the model's own code raises, too
         text = str(error).strip().split("\n\n")[0]
-        raise ExportError(f"torch.export could not capture the model: {type(error).__name__}: {text}") from error
+        where = _where(error)
+        raise ExportError(f"torch.export could not capture the model{where}: {type(error).__name__}: {text}") from error
     if pinned := _pinned(exported, doubled):
         raise _PinnedError(pinned)
     out_spec = exported.call_spec.out_spec
@@ -245,6 +271,15 @@ def _attempt(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's, when it copies its own tree specs to decompose
         return finish(exported, out_spec), out_spec
+
+
+def _where(error: Exception) -> str:
+    """The line of the model's code that raised; empty where it was none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((_TORCH, "<")):
+            at = f" at {os.path.basename(frame.filename)}:{frame.lineno}"
+            return "" if frame.filename == __file__ else at + (f" (`{frame.line}`)" if frame.line else "")
+    return ""
 
 
 @contextmanager
@@ -264,13 +299,16 @@ def _above_warning(record: logging.LogRecord) -> bool:
 
 
 class _WithoutGraphs(io.TextIOBase):
-    """Passes everything on but the graphs that torch.export prints when it fails."""
+    """Passes everything on but the graphs that torch.export prints when it fails, each with its newline."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self.after_graph = False
 
     def write(self, text: str) -> int:
-        return len(text) if text.lstrip().startswith("def forward(self, arg") else self.stream.write(text)
+        newline = self.after_graph and text == "\n"
+        self.after_graph = text.lstrip().startswith("def forward(self, arg")
+        return len(text) if newline or self.after_graph else self.stream.write(text)
 
     def flush(self) -> None:
         self.stream.flush()

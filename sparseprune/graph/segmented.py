@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from .. import runtime
 from .ir import Graph
 
-__all__ = ["Held", "Kind", "Segment", "Segmented"]
+__all__ = ["Held", "Kind", "Segment", "Segmented", "check_sizes"]
 
 Kind = Literal["native", "torch"]
 
@@ -91,7 +91,7 @@ class Segmented:
     def flat(
         self, leaves: Sequence[Tensor], observe: Callable[[int, Sequence[Any], float], None] | None = None
     ) -> list[Any]:
-        self._check_sizes(leaves)
+        check_sizes(leaves, self.inputs)
         values: dict[int, Any] = {place: x.detach().contiguous() for place, x in enumerate(leaves)}
         with torch.no_grad():
             for place, segment in enumerate(self.segments):
@@ -130,17 +130,6 @@ class Segmented:
             outputs.append(y)
         return outputs
 
-    def _check_sizes(self, leaves: Sequence[Tensor]) -> None:
-        sizes: dict[str, int] = {}
-        for x, (name, shape, _) in zip(leaves, self.inputs, strict=True):
-            for dim, (size, expected) in enumerate(zip(x.shape, shape, strict=True)):
-                if size == 0:
-                    raise ValueError(f"input {name!r}: extent 0 of {tuple(x.shape)} is not supported")
-                want = expected if isinstance(expected, int) else sizes.setdefault(expected, size)
-                if size != want:
-                    what = f"equal sizes {expected}" if isinstance(expected, str) else f"size {expected}"
-                    raise ValueError(f"input {name!r}: expected {what} in dimension {dim}, got {tuple(x.shape)}")
-
     @cached_property
     def _constants(self) -> set[int]:
         tensors = (item.value for item in self.outputs if isinstance(item, Held) and isinstance(item.value, Tensor))
@@ -149,3 +138,20 @@ class Segmented:
             if segment.module is not None:
                 held.update(buffer.untyped_storage().data_ptr() for buffer in segment.module.buffers())
         return held
+
+
+def check_sizes(leaves: Sequence[Tensor], inputs: Sequence[tuple[str, tuple[int | str, ...], torch.dtype]]) -> None:
+    """Raises `ValueError` unless these tensors, of the right ranks, have the sizes that `inputs` ask for."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for x, (name, shape, _) in zip(leaves, inputs, strict=True):
+        for dim, (size, expected) in enumerate(zip(x.shape, shape, strict=True)):
+            if size == 0:
+                raise ValueError(f"input {name!r}: extent 0 of {tuple(x.shape)} is not supported")
+            if isinstance(expected, int):
+                want, where = expected, ""
+            else:
+                want, where = sizes.setdefault(expected, (size, f", as {name!r} has in dimension {dim}"))
+            if size != want:
+                raise ValueError(
+                    f"input {name!r}: expected size {want} in dimension {dim}{where}, got {tuple(x.shape)}"
+                )

@@ -226,7 +226,8 @@ class _Splitter:
                 if node is unit.call and len(unit.nodes) > 1:
                     continue
                 if isinstance(tensor, Tensor) and tensor.dtype != torch.float32:
-                    return f"{describe(unit.call)}: {'reads' if node in read else 'is'} {tensor.dtype}"
+                    what = "reads" if node in read else "its result is"
+                    return f"{describe(unit.call)}: {what} {tensor.dtype}, only torch.float32 is native"
                 if isinstance(tensor, _NUMBERS):
                     return f"{describe(unit.call)}: a number that depends on the data"
                 if isinstance(tensor, Tensor) and any(_is_unbacked(size) for size in tensor.shape):

@@ -1,0 +1,517 @@
+// Which layers run depth first (depth_first.h), and how. Nothing here changes a result: a pixel's additions keep their order.
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <set>
+
+#include "depth_first.h"
+#include "plan_builder.h"
+
+namespace sparseprune {
+
+// A layer that may be part of a group.
+struct PlanBuilder::BandNode {
+    enum Kind { conv, pool, add, activation, alias } kind;
+    int index;  // of the node
+    Layout out;
+    ConvShape shape;
+    Choice choice;
+};
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr double kMemoryRate = 10e9, kCacheRate = 50e9;  // bytes a second and thread: beyond the second-level cache, inside it
+constexpr double kMultiplyRate = 20e9;                   // kept weights times pixels a second and thread
+constexpr double kBarrier = 2e-6, kCall = 0.3e-6;        // seconds
+constexpr int64_t kMostBands = 64;                       // an image
+constexpr size_t kLongest = 32;                          // nodes of a group
+
+int64_t cache_bytes() {
+    const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return std::clamp<int64_t>(size, 1 << 20, 4 << 20);
+}
+
+struct BandWindow {
+    int64_t channels, pitch, plane;
+};
+
+// A value as a step sees it: rows of one image.
+struct Operand {
+    int window = -1;
+    int64_t channel = 0;  // of the window
+    Ref ref;
+    Layout layout{};
+};
+
+struct BandStep {
+    size_t layer = 0;  // of the schedule
+    int index = 0;     // of the node
+    const Node* node = nullptr;
+    std::shared_ptr<const ConvPlan> conv;
+    Operand x, second, out;  // second: what is added, ref.kind none where nothing is
+    std::map<std::pair<int64_t, int64_t>, std::vector<Tile>> tiles;  // by rows
+};
+
+struct BandGroup {
+    std::vector<BandStep> steps;
+    Schedule schedule;
+    std::vector<BandWindow> windows;
+    std::vector<std::vector<Ref>> window_refs;  // by thread
+    std::vector<Ref> scratch;                   // by thread
+    std::vector<Operand> whole;                 // values that other groups read: their zero rows are written here
+};
+
+}  // namespace
+
+// What a group is, before anything is packed.
+struct PlanBuilder::Group {
+    size_t begin = 0, end = 0;  // of the nodes looked at
+    std::vector<int> values;    // of the graph
+    std::map<int, int> local;   // and back
+    std::vector<BandLayer> layers;
+    std::vector<BandValue> band_values;
+    std::vector<int> roots;     // of each window
+    Schedule schedule;
+    double cost = 0;
+};
+
+Layout PlanBuilder::band_layout(int value) const {
+    const auto found = band_layouts_.find(value);
+    return found == band_layouts_.end() ? values_[static_cast<size_t>(value)].layout : found->second;
+}
+
+std::optional<PlanBuilder::BandNode> PlanBuilder::band_node(size_t index) {
+    const Node& node = graph_.nodes[index];
+    node_ = static_cast<int>(index);
+    value_ = static_cast<int>(graph_.inputs.size() + index);
+    if (shape().size() != 4) return std::nullopt;
+    BandNode b{BandNode::alias, node_, layout_of(shape(), false), {}, {}};
+    if (b.out.kind != LayoutKind::rows) return std::nullopt;
+    const auto alike = [&](size_t i) { return input_shape(node, i) == shape() && band_layout(node.inputs[i]).same_as(b.out); };
+    const auto readable = [&] {
+        const Layout in = band_layout(node.inputs[0]);
+        return input_shape(node, 0).size() == 4 && (in.kind == LayoutKind::rows || in.kind == LayoutKind::external);
+    };
+    switch (node.op) {
+        case Op::conv: {
+            if (node.dims != 2 || !readable() || (node.inputs.size() > 1 && !alike(1))) return std::nullopt;
+            b.kind = BandNode::conv;
+            b.shape = conv_shape(node, band_layout(node.inputs[0]), b.out);
+            b.choice = choose(b.shape, graph_.weights[static_cast<size_t>(node.weight)]);
+            const Form form = b.choice.form;
+            if (form != Form::direct && form != Form::phases && form != Form::halo) return std::nullopt;
+            return b;
+        }
+        case Op::max_pool:
+        case Op::avg_pool:
+            b.kind = BandNode::pool;
+            return node.dims == 2 && readable() ? std::optional(b) : std::nullopt;
+        case Op::add:
+            b.kind = BandNode::add;
+            return alike(0) && alike(1) && node.act.fits_epilogue() && node.act.keeps_zero() ? std::optional(b) : std::nullopt;
+        case Op::act:
+            b.kind = BandNode::activation;
+            return alike(0) && node.act.keeps_zero() ? std::optional(b) : std::nullopt;
+        case Op::slice: {
+            const SliceRange range = slice_range(node, input_shape(node, 0)[static_cast<size_t>(node.axis)]);
+            return node.axis == 1 && (node.step == 1 || range.count == 1) && band_layout(node.inputs[0]).kind == LayoutKind::rows
+                       ? std::optional(b)
+                       : std::nullopt;
+        }
+        case Op::concat: {
+            if (node.axis != 1) return std::nullopt;
+            int64_t channel = 0;
+            for (int value : node.inputs) {
+                const auto place = places_.find(value);
+                if (place == places_.end() || place->second.concat != node_ || place->second.channel != channel) return std::nullopt;
+                channel += shape_of(value)[1];
+            }
+            return b;
+        }
+        default: return std::nullopt;
+    }
+}
+
+// The value whose planes hold this one inside nodes [begin, end), and at which channel.
+std::pair<int, int64_t> PlanBuilder::band_root(int value, size_t begin, size_t end) const {
+    const int first = static_cast<int>(graph_.inputs.size());
+    const auto inside = [&](int node) { return node >= static_cast<int>(begin) && node < static_cast<int>(end); };
+    for (int64_t channel = 0;;) {
+        const Node* node = inside(value - first) ? &graph_.nodes[static_cast<size_t>(value - first)] : nullptr;
+        const auto place = places_.find(value);
+        if (node && node->op == Op::slice) {
+            channel += slice_range(*node, shape_of(node->inputs[0])[1]).start;
+            value = node->inputs[0];
+        } else if (node && place != places_.end() && inside(place->second.concat)) {
+            channel += place->second.channel;
+            value = first + place->second.concat;
+        } else {
+            return {value, channel};
+        }
+    }
+}
+
+double PlanBuilder::traffic(int64_t bytes) const {
+    const bool far = bytes > threads() * cache_bytes() / 2;
+    return static_cast<double>(bytes) / threads() / (far ? kMemoryRate : kCacheRate);
+}
+
+// Seconds that a layer on its own spends on moving data.
+double PlanBuilder::cost_alone(const BandNode& b) const {
+    if (b.kind == BandNode::alias) return 0;
+    const Node& node = graph_.nodes[static_cast<size_t>(b.index)];
+    double seconds = kBarrier + 2 * traffic(b.out.size() * 4);
+    for (int value : node.inputs) seconds += traffic(band_layout(value).size() * 4);
+    if (b.kind == BandNode::conv && b.choice.form != Form::direct) {
+        const int64_t copy = b.shape.in.size() * (b.choice.form == Form::halo ? 5 : 4);
+        seconds += kBarrier + 3 * traffic(copy);
+    }
+    return seconds;
+}
+
+namespace {
+
+// Rows of the input that output rows read.
+BandInput conv_rows(const ConvShape& s, const Choice& choice, int value) {
+    if (choice.form == Form::direct) return {value, 1, s.min_qy, s.max_qy, s.min_qy < 0 || s.max_qy > 0};
+    int64_t first = INT64_MAX, last = INT64_MIN;
+    for (const Tap& t : s.taps) {
+        first = std::min(first, s.window.stride[0] * t.qy + t.py);
+        last = std::max(last, s.window.stride[0] * t.qy + t.py);
+    }
+    return {value, s.window.stride[0], first, last, false};
+}
+
+int64_t kept_weights(const Weight& w) { return w.sparse ? w.sparse->kept() : w.rows() * w.cols(); }
+
+}  // namespace
+
+// The group of nodes [begin, end), with the fewest bands whose windows fit the cache; nothing where it cannot be, or none fits.
+std::optional<PlanBuilder::Group> PlanBuilder::band_group(const std::vector<BandNode>& nodes, size_t begin, size_t end) const {
+    const int first = static_cast<int>(graph_.inputs.size());
+    const size_t base = static_cast<size_t>(nodes[0].index);
+    Group g;
+    g.begin = begin;
+    g.end = end;
+    const auto node_of = [&](size_t i) -> const Node& { return graph_.nodes[base + i]; };
+    std::set<int> whole;  // roots that others read, or that were there before
+    const auto number = [&](int value) {
+        const auto [at, is_new] = g.local.emplace(value, static_cast<int>(g.values.size()));
+        if (is_new) g.values.push_back(value);
+        return at->second;
+    };
+    const auto root = [&](int value) { return band_root(value, base + begin, base + end).first; };
+    for (size_t i = begin; i < end; ++i) {
+        const int value = first + static_cast<int>(base + i);
+        const auto users = consumers_.find(value);
+        bool outside = i + 1 == end || users == consumers_.end();
+        if (!outside) outside = users->second.back() >= static_cast<int>(base + end);
+        if (outside || places_.count(root(value))) whole.insert(root(value));
+    }
+    for (size_t i = begin; i < end; ++i) {
+        const Node& node = node_of(i);
+        if (node.op == Op::concat)  // of parts that are made here
+            for (int value : node.inputs)
+                if (value < first + static_cast<int>(base + begin)) return std::nullopt;
+        BandLayer layer{number(first + static_cast<int>(base + i)), {}};
+        for (size_t k = 0; k < node.inputs.size(); ++k) {
+            const int value = number(node.inputs[k]);
+            if (nodes[i].kind == BandNode::conv && k == 0) layer.inputs.push_back(conv_rows(nodes[i].shape, nodes[i].choice, value));
+            else if (nodes[i].kind == BandNode::pool)
+                layer.inputs.push_back({value, node.window.stride[0], -node.window.padding[0],
+                                        (node.window.kernel[0] - 1) * node.window.dilation[0] - node.window.padding[0], false});
+            else layer.inputs.push_back({value, 1, 0, 0, false});
+        }
+        g.layers.push_back(std::move(layer));
+    }
+    std::map<int, int> windows;  // by root
+    for (int value : g.values) {
+        const int r = root(value);
+        const bool inner = r >= first + static_cast<int>(base + begin) && !whole.count(r);
+        int window = -1;
+        if (inner) {
+            window = windows.emplace(r, static_cast<int>(g.roots.size())).first->second;
+            if (window == static_cast<int>(g.roots.size())) g.roots.push_back(r);
+        }
+        g.band_values.push_back({shape_of(value)[2], window});
+    }
+    // A value that others read has its zero rows written beside: nobody may read them here.
+    for (const BandLayer& layer : g.layers)
+        for (const BandInput& in : layer.inputs) {
+            const bool made_here = g.values[static_cast<size_t>(in.value)] >= first + static_cast<int>(base + begin);
+            if (in.border && made_here && g.band_values[static_cast<size_t>(in.value)].window < 0) return std::nullopt;
+        }
+    const Shape& last = shape_of(first + static_cast<int>(base + end) - 1);
+    const int64_t images = last[0], step = images % threads() == 0 ? 1 : threads();
+    for (int64_t bands = step; bands <= std::min(kMostBands, std::max<int64_t>(last[2], 1)); bands += std::max(step, bands / 4 / step * step)) {
+        if (plan_.options_.bands > 0) bands = std::max(bands, std::min(last[2], plan_.options_.bands) / step * step);
+        g.schedule = make_schedule(g.layers, g.band_values, static_cast<int>(g.roots.size()), images, bands, threads());
+        bool once = true;
+        for (size_t l = 0; l < g.layers.size() && once; ++l) {
+            const BandValue& out = g.band_values[static_cast<size_t>(g.layers[l].output)];
+            if (out.window < 0) once = computes_once(g.schedule, l, out.height, images);
+        }
+        if (!once) return std::nullopt;
+        if (cost_of(nodes, g, bands)) return g;
+        if (plan_.options_.bands > 0) break;
+    }
+    return std::nullopt;
+}
+
+// Sets the group's cost; false where its bands are too large for the cache.
+bool PlanBuilder::cost_of(const std::vector<BandNode>& nodes, Group& g, int64_t bands) const {
+    int64_t held = 0, scratch = 0, weights = 0;
+    for (size_t w = 0; w < g.roots.size(); ++w) {
+        const Layout l = band_layout(g.roots[w]);
+        held += l.c * l.pitch * g.schedule.capacity[w] * 4;
+    }
+    double seconds = kBarrier, moved = 0, ideal = 0, busiest = 0;
+    int64_t calls = 0;
+    for (const auto& own : g.schedule.threads) calls = std::max(calls, static_cast<int64_t>(own.size() * g.layers.size()));
+    const int64_t images = band_layout(g.values[0]).n;
+    for (size_t i = 0; i < g.layers.size(); ++i) {
+        const BandNode& b = nodes[g.begin + i];
+        const double height = static_cast<double>(b.out.h * images), rows = static_cast<double>(g.schedule.busiest[i]);
+        double row_seconds = static_cast<double>(b.out.c * b.out.pitch) * 8 / kCacheRate;
+        if (b.kind == BandNode::alias) row_seconds = 0;
+        if (b.kind == BandNode::conv) {
+            const int64_t kept = kept_weights(graph_.weights[static_cast<size_t>(graph_.nodes[static_cast<size_t>(b.index)].weight)]);
+            weights += kept * 6;
+            row_seconds += static_cast<double>(kept * b.out.w) / kMultiplyRate;
+            if (b.choice.form != Form::direct) {
+                const int64_t row = b.shape.in.c * b.shape.in.pitch * 4 * b.shape.window.stride[0] * (b.choice.form == Form::halo ? 5 : 4) / 4;
+                int64_t most = 0;
+                for (const auto& own : g.schedule.threads)
+                    for (const Band& band : own) most = std::max(most, band.rows[i].size());
+                scratch = std::max(scratch, row * (most + b.shape.max_qy - b.shape.min_qy));
+                moved += 3.0 * static_cast<double>(row) * rows;
+            }
+        }
+        ideal += row_seconds * height / threads();
+        busiest += row_seconds * rows;
+    }
+    std::set<int> seen;
+    const int here = static_cast<int>(graph_.inputs.size()) + nodes[g.begin].index;
+    for (size_t v = 0; v < g.values.size(); ++v) {
+        if (g.band_values[v].window >= 0) continue;
+        const auto [root, channel] = band_root(g.values[v], static_cast<size_t>(nodes[g.begin].index), static_cast<size_t>(nodes[g.end - 1].index) + 1);
+        if (!seen.insert(root).second) continue;
+        const Layout l = band_layout(root);
+        const bool written = root >= here;
+        seconds += (written ? 2 : 1) * traffic(l.size() * 4);
+        held += l.c * l.pitch * 4 * (l.h / bands + 2);
+    }
+    const int64_t budget = cache_bytes() * 3 / 4;
+    g.cost = seconds + moved / kCacheRate + (busiest - ideal) + static_cast<double>(calls) * kCall;
+    if (plan_.options_.bands > 0) {
+        g.cost = 0;
+        return true;
+    }
+    return held + scratch + std::min(weights, budget / 2) <= budget;
+}
+
+// Cuts a run of layers into groups and single layers, so that least is moved; builds all of them. Returns how many nodes it built.
+size_t PlanBuilder::build_depth_first(size_t index) {
+    if (plan_.options_.bands < 0) return 0;
+    band_layouts_.clear();
+    std::vector<BandNode> nodes;
+    while (index + nodes.size() < graph_.nodes.size()) {
+        const std::optional<BandNode> b = band_node(index + nodes.size());
+        if (!b) break;
+        band_layouts_[value_] = b->out;
+        nodes.push_back(*b);
+    }
+    if (nodes.empty()) return 0;
+    std::vector<double> best(nodes.size() + 1, 0);
+    std::vector<std::optional<Group>> groups(nodes.size());
+    for (size_t i = nodes.size(); i-- > 0;) {
+        best[i] = cost_alone(nodes[i]) + best[i + 1] + (plan_.options_.bands > 0 ? 1.0 : 0.0);
+        for (size_t end = i + 1; end <= std::min(nodes.size(), i + kLongest); ++end) {
+            if (end == i + 1 && (nodes[i].kind != BandNode::conv || nodes[i].choice.form == Form::direct)) continue;  // nothing to gain
+            if (nodes[end - 1].kind == BandNode::alias) continue;
+            std::optional<Group> g = band_group(nodes, i, end);
+            if (!g || g->cost + best[end] >= best[i]) continue;
+            best[i] = g->cost + best[end];
+            groups[i] = std::move(g);
+        }
+    }
+    for (size_t i = 0; i < nodes.size();) {
+        if (groups[i]) {
+            build_group(nodes, *groups[i]);
+            i = groups[i]->end;
+            continue;
+        }
+        node_ = nodes[i].index;
+        value_ = static_cast<int>(graph_.inputs.size()) + node_;
+        values_.push_back(build_node(graph_.nodes[static_cast<size_t>(node_)]));
+        ++i;
+    }
+    return nodes.size();
+}
+
+namespace {
+
+using Pointers = PlanBuilder::Pointers;
+
+// Where row 0 of the first channel would be, were all rows there.
+const float* row0(const BandGroup& g, const Pointers& ptr, const Run& run, int id, const Band& band, const Operand& o) {
+    if (o.window < 0) return o.ref.kind == Ref::none ? nullptr : ptr.in(run, o.ref) + o.layout.offset + band.image * o.layout.image;
+    const auto w = static_cast<size_t>(o.window);
+    return ptr.in(run, g.window_refs[static_cast<size_t>(id)][w]) + o.channel * g.windows[w].plane -
+           band.windows[w].rows.begin * g.windows[w].pitch;
+}
+float* writable(const float* p) { return const_cast<float*>(p); }
+
+void move_windows(const BandGroup& g, const Pointers& ptr, const Run& run, int id, const Band& band) {
+    for (size_t w = 0; w < g.windows.size(); ++w) {
+        const WindowRows& rows = band.windows[w];
+        const int64_t pitch = g.windows[w].pitch;
+        float* plane = ptr.out(run, g.window_refs[static_cast<size_t>(id)][w]);
+        for (int64_t c = 0; c < g.windows[w].channels; ++c, plane += g.windows[w].plane) {
+            if (rows.kept_at > 0 && rows.kept > 0) std::copy_n(plane + rows.kept_at * pitch, rows.kept * pitch, plane);
+            std::fill_n(plane + (rows.above.begin - rows.rows.begin) * pitch, rows.above.size() * pitch, 0.0f);
+            std::fill_n(plane + (rows.below.begin - rows.rows.begin) * pitch, rows.below.size() * pitch, 0.0f);
+        }
+    }
+}
+
+void run_conv(const Kernels& k, const BandStep& step, Range rows, const float* x, const float* residual, float* out, float* scratch) {
+    const ConvPlan& plan = *step.conv;
+    if (plan.choice.form != Form::direct) {
+        const PhaseCopy& copy = plan.copy;
+        const int64_t count = rows.size() + plan.shape.max_qy - plan.shape.min_qy;
+        for (int64_t c = 0; c < plan.shape.in.c; ++c)
+            for (size_t ph = 0; ph < copy.phases.size(); ++ph)
+                copy_phase_rows(k, plan, ph, x + c * plan.shape.in.plane, rows.begin, count,
+                                scratch + c * copy.plane + static_cast<int64_t>(ph) * copy.phase);
+        x = scratch - rows.begin * copy.pitch;
+    }
+    const std::vector<Tile>& tiles = step.tiles.at({rows.begin, rows.end});
+    const Share share{tiles.data(), static_cast<int64_t>(tiles.size()), 0, plan.weight.cuts.back()};
+    multiply_and_activate(k, plan, share, x, step.node->bias ? step.node->bias->data() : nullptr, residual, out, step.node->act);
+}
+
+void run_step(const Kernels& k, const BandStep& step, Range rows, const float* x, const float* second, float* out, float* scratch) {
+    const Layout &from = step.x.layout, &to = step.out.layout;
+    const int64_t first = rows.begin * to.pitch, count = rows.size() * to.pitch;
+    if (step.conv) return run_conv(k, step, rows, x, second, out, scratch);
+    for (int64_t c = 0; c < to.c; ++c, x += from.plane, out += to.plane) {
+        if (step.node->op == Op::add) k.add_row(x + first, second + c * step.second.layout.plane + first, out + first, count, step.node->act);
+        else if (step.node->op == Op::act) k.act_row(x + first, out + first, count, step.node->act);
+        else pool_rows(k, *step.node, from, x, to, out, scratch, rows.begin, rows.end);
+    }
+}
+
+void run_group(const BandGroup& g, const Kernels& k, const Pointers& ptr, const Run& run, int id, int threads) {
+    const Part part{id, threads};
+    for (const Operand& o : g.whole) zero_margins(o.layout, ptr.out(run, o.ref), part.begin(o.layout.c), part.end(o.layout.c));
+    float* scratch = ptr.out(run, g.scratch[static_cast<size_t>(id)]);
+    const bool timed = run.node_seconds && id == 0;
+    for (const Band& band : g.schedule.threads[static_cast<size_t>(id)]) {
+        move_windows(g, ptr, run, id, band);
+        for (const BandStep& step : g.steps) {
+            const Range rows = band.rows[step.layer];
+            if (rows.size() == 0) continue;
+            const auto start = timed ? Clock::now() : Clock::time_point();
+            run_step(k, step, rows, row0(g, ptr, run, id, band, step.x), row0(g, ptr, run, id, band, step.second),
+                     writable(row0(g, ptr, run, id, band, step.out)), scratch);
+            if (!timed) continue;
+            const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+            run.node_seconds[step.index] += seconds;
+            *run.accounted += seconds;
+        }
+    }
+}
+
+}  // namespace
+
+void PlanBuilder::build_group(const std::vector<BandNode>& nodes, const Group& g) {
+    const int first = static_cast<int>(graph_.inputs.size());
+    const auto begin = static_cast<size_t>(nodes[g.begin].index), end = static_cast<size_t>(nodes[g.end - 1].index) + 1;
+    auto group = std::make_shared<BandGroup>();
+    group->schedule = g.schedule;
+    std::vector<Ref> used;
+    for (size_t w = 0; w < g.roots.size(); ++w) {
+        const Layout l = band_layout(g.roots[w]);
+        group->windows.push_back({l.c, l.pitch, odd_lines(g.schedule.capacity[w] * l.pitch)});
+    }
+    for (int t = 0; t < threads(); ++t) {
+        group->window_refs.emplace_back();
+        for (const BandWindow& w : group->windows) {
+            group->window_refs.back().push_back(new_buffer(w.channels * w.plane));
+            used.push_back(group->window_refs.back().back());
+        }
+    }
+    const auto operand = [&](int value) {
+        Operand o;
+        const auto local = g.local.find(value);
+        o.window = g.band_values[static_cast<size_t>(local->second)].window;
+        o.layout = values_[static_cast<size_t>(value)].layout;
+        if (o.window < 0) {
+            o.ref = values_[static_cast<size_t>(value)].ref;
+            used.push_back(o.ref);
+            return o;
+        }
+        o.channel = band_root(value, begin, end).second;
+        o.layout.plane = group->windows[static_cast<size_t>(o.window)].plane;
+        return o;
+    };
+    int64_t scratch = 16;
+    for (size_t i = g.begin; i < g.end; ++i) {
+        const BandNode& b = nodes[i];
+        const Node& node = graph_.nodes[static_cast<size_t>(b.index)];
+        node_ = b.index;
+        value_ = first + b.index;
+        const bool inner = g.band_values[static_cast<size_t>(g.local.at(value_))].window >= 0;
+        if (b.kind == BandNode::alias) {
+            if (inner) values_.push_back({b.out, {}});
+            else if (node.op == Op::concat) values_.push_back({b.out, concat_buffer(node_, b.out)});
+            else values_.push_back(build_slice(node));
+            continue;
+        }
+        values_.push_back({b.out, inner ? Ref{} : output_buffer(b.out)});
+        BandStep step;
+        step.layer = i - g.begin;
+        step.index = b.index;
+        step.node = &node;
+        step.x = operand(node.inputs[0]);
+        if (node.inputs.size() > 1) step.second = operand(node.inputs[1]);
+        step.out = operand(value_);
+        if (!inner) group->whole.push_back(step.out);
+        if (b.kind == BandNode::pool) scratch = std::max(scratch, pool_line(node, step.x.layout, step.out.layout));
+        if (b.kind == BandNode::conv) {
+            ConvShape s = b.shape;
+            s.in.n = s.out.n = 1;
+            s.in.plane = step.x.layout.plane;
+            s.out.plane = step.out.layout.plane;
+            int64_t most = 0;
+            for (const auto& own : g.schedule.threads)
+                for (const Band& band : own) most = std::max(most, band.rows[step.layer].size());
+            ConvPlan plan = plan_conv(s, graph_.weights[static_cast<size_t>(node.weight)], b.choice, kernels(), most + s.max_qy - s.min_qy);
+            plan.residual_plane = step.second.layout.plane;
+            for (const auto& own : g.schedule.threads)
+                for (const Band& band : own) {
+                    const Range rows = band.rows[step.layer];
+                    auto& tiles = step.tiles[{rows.begin, rows.end}];
+                    if (tiles.empty()) tiles = row_tiles(plan, rows.begin, rows.end);
+                }
+            scratch = std::max(scratch, plan.packed_floats);
+            plan_.weight_bytes_ += plan.weight.bytes();
+            step.conv = std::make_shared<const ConvPlan>(std::move(plan));
+        }
+        group->steps.push_back(std::move(step));
+    }
+    for (int t = 0; t < threads(); ++t) {
+        group->scratch.push_back(new_buffer(scratch));
+        used.push_back(group->scratch.back());
+    }
+    plan_.groups_.push_back({static_cast<int64_t>(begin), static_cast<int64_t>(end)});
+    add_step(used, [group, k = &kernels(), ptr = pointers(), count = threads()](const Run& run, int id) {
+        run_group(*group, *k, ptr, run, id, count);
+    });
+}
+
+}  // namespace sparseprune
