@@ -177,12 +177,13 @@ namespace {
 // Rows of the input that output rows read.
 BandInput conv_rows(const ConvShape& s, const Choice& choice, int value) {
     if (choice.form == Form::direct) return {value, 1, s.min_qy, s.max_qy, s.min_qy < 0 || s.max_qy > 0};
-    int64_t first = INT64_MAX, last = INT64_MIN;
+    int64_t first = INT64_MAX, last = 0;  // of a phase; the copy holds as many rows of each
     for (const Tap& t : s.taps) {
-        first = std::min(first, s.window.stride[0] * t.qy + t.py);
-        last = std::max(last, s.window.stride[0] * t.qy + t.py);
+        first = std::min(first, t.py);
+        last = std::max(last, t.py);
     }
-    return {value, s.window.stride[0], first, last, false};
+    const int64_t stride = s.window.stride[0];
+    return {value, stride, stride * s.min_qy + first, stride * s.max_qy + last, false};
 }
 
 int64_t kept_weights(const Weight& w) { return w.sparse ? w.sparse->kept() : w.rows() * w.cols(); }

@@ -59,7 +59,7 @@ class Builder:
         return self.rng.choice(fitting[-6:] if self.rng.random() < 0.7 else fitting)
 
     def grow(self, steps: int) -> Graph:
-        kinds = [getattr(self, name) for name in dir(self) if name.startswith("op_")]
+        kinds = self.kinds()
         while len(self.nodes) < steps:
             kind = self.rng.choice(kinds)
             kind()
@@ -71,6 +71,9 @@ class Builder:
         outputs = values if self.rng.random() < 0.3 else self.rng.sample(values, min(3, len(values))) + [values[-1]]
         tree = {"kind": "list", "items": [{"kind": "tensor"}] * len(outputs)}
         return Graph((Input("x", self.shapes[0]),), tuple(self.nodes), tuple(outputs), tree, self.weights, self.biases)
+
+    def kinds(self) -> list[Any]:
+        return [getattr(self, name) for name in dir(self) if name.startswith("op_")]
 
     # ---- each adds an operator that fits
 
@@ -274,6 +277,44 @@ class Builder:
         self.add("matmul", [a, b], (*batch, m, 5), {"transpose_b": False})
 
 
+class Planes(Builder):
+    """Layers of vision networks, on planes wide enough to run depth first, one mostly reading the one before."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.shapes[0] = (
+            self.rng.choice([1, 1, 2, 3]),
+            self.rng.randint(1, 5),
+            self.rng.randint(5, 40),
+            self.rng.randint(17, 50),
+        )
+
+    def kinds(self) -> list[Any]:
+        return [self.op_conv, self.op_conv, self.op_conv, self.op_pool, self.op_act, self.op_sum, self.op_parts]
+
+    def pick(self, *ranks: int) -> int:
+        fitting = [i for i, shape in enumerate(self.shapes) if not ranks or len(shape) in ranks]
+        return fitting[-1] if self.rng.random() < 0.7 else self.rng.choice(fitting)
+
+    def op_sum(self) -> None:
+        x = self.pick(4)
+        same = [i for i, shape in enumerate(self.shapes) if shape == self.shapes[x]]
+        self.add("add", [x, self.rng.choice(same)], self.shapes[x], {"act": "relu"})
+
+    def op_parts(self) -> None:
+        """Slices and concatenations of channels, as in CSP blocks."""
+        x = self.pick(4)
+        n, c, h, w = self.shapes[x]
+        same = [i for i, (*_, c2, h2, w2) in enumerate(self.shapes) if (h2, w2) == (h, w)]
+        if c > 1 and self.rng.random() < 0.5:
+            start = self.rng.randint(0, c - 1)
+            end = self.rng.randint(start + 1, c)
+            self.add("slice", [x], (n, end - start, h, w), {"axis": 1, "start": start, "end": end, "step": 1})
+            return
+        parts = self.rng.sample(same, min(len(same), self.rng.randint(1, 3)))
+        self.add("concat", parts, (n, sum(self.shapes[i][1] for i in parts), h, w), {"axis": 1})
+
+
 def check(graph: Graph, isa: str, seed: int) -> None:
     x = np.random.default_rng(seed).standard_normal(graph.inputs[0].shape).astype(np.float32)  # type: ignore[arg-type]
     expected, bounds = run_reference(graph, [x], bounds=True)
@@ -300,3 +341,25 @@ def test_random_graphs(isa: str, block: int) -> None:
     for seed in range(40 * block, 40 * block + 40):
         builder = Builder(seed)
         check(builder.grow(builder.rng.randint(2, 24)), isa, seed)
+
+
+@pytest.mark.parametrize("isa", _native.supported_isas())
+def test_depth_first_gives_the_same_bits(isa: str) -> None:
+    groups = 0
+    for seed in range(150):
+        graph = (builder := Planes(seed)).grow(builder.rng.randint(2, 14))
+        x = builder.array(*builder.shapes[0])
+        program = _native.Program(graph.to_bytes())
+        expected: list[Any] | None = None
+        for threads, bands in [(1, -1), (1, 1), (1, 3), (2, 2), (2, 7), (3, 40), (2, 0)]:
+            plan = program.plan([x.shape], threads, isa, bands=bands)
+            outputs = [np.full(shape, np.nan, np.float32) for shape in plan.output_shapes]
+            for _ in range(2):
+                plan.run([x], outputs)
+            expected = expected or outputs
+            groups += sum(end - begin > 1 for begin, end in plan.groups)
+            assert bands != -1 or not plan.groups
+            for place, (y, y1) in enumerate(zip(outputs, expected, strict=True)):
+                message = f"seed {seed}, {threads} threads, {bands} bands: {graph.nodes[graph.outputs[place] - 1]}"
+                np.testing.assert_array_equal(y, y1, err_msg=message)
+    assert groups > 500

@@ -52,8 +52,40 @@ inline V window_vector(const PoolRow& job, int64_t x) {
     return v;
 }
 
+// Elements first, first + stride, ... of a row; those outside of it do not count.
+template <class Op>
+inline V pool_load(const float* row, int64_t first, int64_t width, int64_t stride) {
+    const float* from = row + first;
+    const bool inside = first >= 0 && first + stride * kLanes <= width;
+    if (stride == 1) return inside ? loadu(from) : load_lanes_or(set1(Op::none()), from, lane_bits(-first, width - first));
+    if (inside) return even_lanes(loadu(from), loadu(from + kLanes));
+    const V none = set1(Op::none());
+    const V low = load_lanes_or(none, from, lane_bits(-first, width - first));
+    return even_lanes(low, load_lanes_or(none, from + kLanes, lane_bits(-first - kLanes, width - first - kLanes)));
+}
+
+// Small windows, straight from the rows.
+template <class Op>
+inline void pool_small(const PoolRow& job) {
+    const V none = set1(Op::none());
+    for_vectors(job.out_width, [&](int64_t x, auto lanes) {
+        V v = none;
+        for (int64_t k = 0; k < job.kernel; ++k) {
+            const int64_t first = x * job.stride + k * job.dilation - job.left;
+            V column = none;
+            for (int64_t r = 0; r < job.rows; ++r) {
+                const V next = pool_load<Op>(job.in + r * job.row_pitch, first, job.in_width, job.stride);
+                column = r == 0 ? next : Op::combine(next, column);
+            }
+            v = Op::combine(column, v);
+        }
+        lanes.store(job.out + x, v);
+    });
+}
+
 template <class Op>
 inline void pool_row(const PoolRow& job) {
+    if (job.kernel <= 3 && job.rows <= 3 && job.stride <= 2) return pool_small<Op>(job);
     combine_rows<Op>(job, pool_scratch(job.in_width, job.out_width, job.kernel, job.stride, job.dilation, job.left));
     for (int64_t x = 0; x < job.out_width; x += kLanes) {
         const V v = window_vector<Op>(job, x);
