@@ -11,13 +11,37 @@ inline V activate(V v, const Activation& act) {
     return min_nan(set1(six ? 6.0f : act.beta), max_nan(set1(six ? 0.0f : act.alpha), v));
 }
 
+// Where a tile's results go. A copy, so that the compiler need not read the job again after every store.
+struct Target {
+    float* out;
+    const float *bias, *residual;
+    int64_t plane, residual_plane;
+    const uint16_t* masks;
+    Activation act;
+};
+inline Target target_of(const SpmmJob& job, const Tile& tile) {
+    return {job.out + tile.out, job.bias, job.residual ? job.residual + tile.out : nullptr, job.plane, job.residual_plane,
+            job.masks + tile.masks, job.act};
+}
+
 // Bias, residual, activation; lanes that are no pixel become zero, which later readers rely on.
-inline void store_vector(const SpmmJob& job, const Tile& tile, int64_t row, int t, V v) {
-    const int64_t pixel = tile.out + t * kLanes;
-    if (job.bias) v = add(v, set1(job.bias[row]));
-    if (job.residual) v = add(v, loadu(job.residual + row * job.residual_plane + pixel));
-    v = keep_lanes(activate(v, job.act), job.masks[tile.masks + t]);
-    storeu(job.out + row * job.plane + pixel, v);
+template <int T>
+inline void store_row(const Target& to, int64_t row, V* v) {
+    if (to.bias) {
+        const V bias = set1(to.bias[row]);
+        for (int t = 0; t < T; ++t) v[t] = add(v[t], bias);
+    }
+    if (to.residual) {
+        const float* residual = to.residual + row * to.residual_plane;
+        for (int t = 0; t < T; ++t) v[t] = add(v[t], loadu(residual + t * kLanes));
+    }
+    if (to.act.kind == Act::relu) {
+        for (int t = 0; t < T; ++t) v[t] = max_nan(zero(), v[t]);
+    } else if (to.act.kind != Act::none) {
+        for (int t = 0; t < T; ++t) v[t] = activate(v[t], to.act);
+    }
+    float* out = to.out + row * to.plane;
+    for (int t = 0; t < T; ++t) storeu(out + t * kLanes, keep_lanes(v[t], to.masks[t]));
 }
 
 inline int64_t offset_of(const Entry& e) { return e.offset; }
@@ -61,10 +85,11 @@ template <int T, int U, class E>
 void single_rows(const SpmmJob& job, const Tile& tile) {
     const float* in = job.in + tile.in;
     const E* entries = entries_of<E>(job);
+    const Target to = target_of(job, tile);
     for (int64_t row = job.row_begin; row < job.row_end; ++row) {
         V acc[T];
         accumulate<T, U>(in, entries + job.start[row], entries + job.start[row + 1], acc);
-        for (int t = 0; t < T; ++t) store_vector(job, tile, row, t, acc[t]);
+        store_row<T>(to, row, acc);
     }
 }
 
@@ -85,6 +110,7 @@ template <int T, int U, class E>
 void shifted_rows(const SpmmJob& job, const Tile& tile) {
     const float* in = job.in + tile.in;
     const E* entries = entries_of<E>(job);
+    const Target to = target_of(job, tile);
     const int groups = job.groups;
     for (int64_t row = job.row_begin; row < job.row_end; ++row) {
         const int64_t* start = job.start + row * groups;
@@ -96,7 +122,7 @@ void shifted_rows(const SpmmJob& job, const Tile& tile) {
             accumulate<T, U>(in, entries + start[g], entries + start[g + 1], acc);
             add_shifted<T>(out, acc, job.shifts[g], job.row_edges);
         }
-        for (int t = 0; t < T; ++t) store_vector(job, tile, row, t, out[t]);
+        store_row<T>(to, row, out);
     }
 }
 
@@ -105,6 +131,7 @@ template <int T, int U, class E>
 void tap_rows(const SpmmJob& job, const Tile& tile) {
     const float* in = job.in + tile.in;
     const E* entries = entries_of<E>(job);
+    const Target to = target_of(job, tile);
     const int groups = job.groups;
     for (int64_t row = job.row_begin; row < job.row_end; ++row) {
         const int64_t* start = job.start + row * groups;
@@ -124,7 +151,7 @@ void tap_rows(const SpmmJob& job, const Tile& tile) {
                 out[t] = add(out[t], keep_lanes(shift_lanes(acc[t], neighbour, s, dx), masks[t]));
             }
         }
-        for (int t = 0; t < T; ++t) store_vector(job, tile, row, t, out[t]);
+        store_row<T>(to, row, out);
     }
 }
 
@@ -149,6 +176,7 @@ inline const int32_t* masked_columns(const float* in, const int32_t* word, int c
 template <int T>
 void masked_rows(const SpmmJob& job, const Tile& tile) {
     const float* in = job.in + tile.in;
+    const Target to = target_of(job, tile);
     for (int64_t row = job.row_begin; row < job.row_end; row += 4) {
         V acc[4][T];
         for (int r = 0; r < 4; ++r)
@@ -167,13 +195,14 @@ void masked_rows(const SpmmJob& job, const Tile& tile) {
             }
         }
         for (int64_t r = 0; r < 4 && row + r < job.row_end; ++r)
-            for (int t = 0; t < T; ++t) store_vector(job, tile, row + r, t, acc[r][t]);
+            store_row<T>(to, row + r, acc[r]);
     }
 }
 
 template <int T>
 void dense_rows(const SpmmJob& job, const Tile& tile) {
     constexpr int R = kDenseRows;
+    const Target to = target_of(job, tile);
     const int64_t blocks_per_group = (job.dense_rows_per_group + R - 1) / R;
     int64_t row = job.row_begin;
     while (row < job.row_end) {
@@ -197,7 +226,7 @@ void dense_rows(const SpmmJob& job, const Tile& tile) {
         if (end > row + R) end = row + R;
         if (end > job.row_end) end = job.row_end;
         for (int r = 0; r < R && row + r < end; ++r)
-            for (int t = 0; t < T; ++t) store_vector(job, tile, row + r, t, acc[r][t]);
+            store_row<T>(to, row + r, acc[r]);
         row = end;
     }
 }
