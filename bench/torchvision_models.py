@@ -183,7 +183,12 @@ def measure(network: Network, size: int, sparsity: float, threads: int | None) -
 
 def make(network: Network) -> Any:
     """The torch module, random weights."""
+    import torch
+
     model = _torchvision_models().get_model(network.name, weights=None, **network.options)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.any():
+            layer.reset_parameters()  # vision transformers' last one: with zeros any output agrees
     return model.backbone if network.backbone else model
 
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 
 #include "errors.h"
 #include "parallel.h"
@@ -81,7 +82,7 @@ void PlanBuilder::add_step(const std::vector<Ref>& used, Body body) {
     const int step = static_cast<int>(plan_.steps_.size());
     for (const Ref& r : used)
         if (r.kind == Ref::buffer) plan_.buffers_[static_cast<size_t>(r.index)].last_step = step;
-    plan_.steps_.push_back({node_, std::move(body)});
+    plan_.steps_.push_back({node_, node_, std::move(body)});
 }
 
 PlanBuilder::Value PlanBuilder::copy_to(const Value& from, const Shape& shape, const Layout& to, Ref ref) {
@@ -355,11 +356,17 @@ void Plan::give_arena(Arena arena) const {
     if (lock.owns_lock() && free_arenas_.size() < 4) free_arenas_.push_back(std::move(arena));
 }
 
+// The time of a step, waiting for the other threads included: its node's, or shared out as thread 0 spent it.
+static void account(double elapsed, double* begin, double* end) {
+    const double spent = end - begin > 1 ? std::accumulate(begin, end, 0.0) : 0.0;
+    if (spent == 0) end[-1] += elapsed;
+    else std::for_each(begin, end, [&](double& seconds) { seconds *= elapsed / spent; });
+}
+
 void Plan::run(const float* const* inputs, float* const* outputs, std::vector<double>* node_seconds) const {
     Arena arena = take_arena();
-    double accounted = 0;
     if (node_seconds) node_seconds->assign(graph_->nodes.size(), 0.0);
-    const Run run{arena.data(), inputs, outputs, node_seconds ? node_seconds->data() : nullptr, &accounted};
+    const Run run{arena.data(), inputs, outputs, node_seconds ? node_seconds->data() : nullptr};
     const std::function<void(int, int)> step = [&](int i, int id) { steps_[static_cast<size_t>(i)].body(run, id); };
     const int count = static_cast<int>(steps_.size());
     if (!node_seconds) {
@@ -369,9 +376,9 @@ void Plan::run(const float* const* inputs, float* const* outputs, std::vector<do
         auto last = Clock::now();
         run_steps(options_.threads, count, step, [&](int i) {
             const auto now = Clock::now();
-            if (!node_seconds->empty())
-                (*node_seconds)[static_cast<size_t>(steps_[static_cast<size_t>(i)].node)] += std::chrono::duration<double>(now - last).count() - accounted;
-            accounted = 0;
+            const Step& done = steps_[static_cast<size_t>(i)];
+            const double elapsed = std::chrono::duration<double>(now - last).count();
+            if (!node_seconds->empty()) account(elapsed, node_seconds->data() + done.first, node_seconds->data() + done.node + 1);
             last = now;
         });
     }

@@ -27,8 +27,7 @@ struct Run {
     float* arena;
     const float* const* inputs;
     float* const* outputs;
-    double* node_seconds = nullptr;  // where given: what thread 0 knows better than from the ends of steps,
-    double* accounted = nullptr;     // and how much that was
+    double* node_seconds = nullptr;  // where given: a step of several nodes adds what thread 0 spent in each
 };
 
 class Plan {
@@ -54,7 +53,7 @@ public:
 private:
     friend class PlanBuilder;
     struct Step {
-        int node;
+        int first, node;  // the nodes that it computes; mostly one
         std::function<void(const Run&, int)> body;
     };
     Arena take_arena() const;

@@ -410,7 +410,7 @@ void run_group(const BandGroup& g, const Kernels& k, const Pointers& ptr, const 
     const Part part{id, threads};
     for (const Operand& o : g.whole) zero_margins(o.layout, ptr.out(run, o.ref), part.begin(o.layout.c), part.end(o.layout.c));
     float* scratch = ptr.out(run, g.scratch[static_cast<size_t>(id)]);
-    const bool timed = run.node_seconds && id == 0;
+    const bool timed = run.node_seconds && id == 0 && g.steps.size() > 1;
     for (const Band& band : g.schedule.threads[static_cast<size_t>(id)]) {
         move_windows(g, ptr, run, id, band);
         for (const BandStep& step : g.steps) {
@@ -422,7 +422,6 @@ void run_group(const BandGroup& g, const Kernels& k, const Pointers& ptr, const 
             if (!timed) continue;
             const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
             run.node_seconds[step.index] += seconds;
-            *run.accounted += seconds;
         }
     }
 }
@@ -513,6 +512,7 @@ void PlanBuilder::build_group(const std::vector<BandNode>& nodes, const Group& g
     add_step(used, [group, k = &kernels(), ptr = pointers(), count = threads()](const Run& run, int id) {
         run_group(*group, *k, ptr, run, id, count);
     });
+    plan_.steps_.back().first = static_cast<int>(begin);
 }
 
 }  // namespace sparseprune

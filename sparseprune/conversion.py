@@ -42,14 +42,15 @@ def convert(
     """Turns a pruned model into a native program that computes the same numbers, several times faster.
 
     A model with operators that a program does not have runs in as few alternating native and torch segments as it
-    can; one that `torch.export` cannot follow (control flow that depends on the data) gets its layers swapped for
-    sparse ones (`sparseprune.nn`). Either gives a `SparsepruneWarning` that says why, and cannot be saved.
+    can (`.report.segments`); one that `torch.export` cannot follow (control flow that depends on the data) gets its
+    layers swapped for sparse ones (`sparseprune.nn`). Either gives one `SparsepruneWarning` that says why, takes and
+    returns any nesting, integers among the tensors too, and cannot be saved.
 
     Takes plain zeros, `torch.nn.utils.prune` hooks and parametrized masks as they are. The weights are snapshot;
     `model` is left untouched, and what is converted is its evaluation mode.
 
     Args:
-        model: Any float32 module; it is one program if its operators are in `docs/program.md`.
+        model: Any float32 module; it is one program if its operators are in `docs/operators.md`.
         example_inputs: The positional arguments of a typical call: a float32 tensor or a tuple. The batch and image
             sizes may differ later where the model allows it; the given ones are tuned. None: the first call's inputs.
         tune: `measure` times every layer's variants inside the running network, then the whole program against dense
@@ -64,8 +65,7 @@ def convert(
         A `SparseModule`; `.report` says what was done and why.
 
     Raises:
-        UnsupportedError: A dtype or device that cannot be had; or neither torch.export nor torch can run the model on
-            the example.
+        UnsupportedError: A dtype or device that cannot be had, or the model itself fails on the example.
         VerificationError: A layer or an output is beyond its bound.
         TypeError, ValueError: Arguments that do not fit.
 
@@ -73,6 +73,10 @@ def convert(
         >>> fast = sparseprune.convert(model, torch.randn(1, 3, 224, 224))
         >>> y = fast(x)
         >>> fast.save("model.spr")
+
+        >>> fast = sparseprune.convert(detector, ({"image": image, "size": size},))  # sorts its boxes: a warning
+        >>> [segment.kind for segment in fast.report.segments]
+        ['native', 'torch']
     """
     if isinstance(model, SparseModule):
         raise TypeError("model: is converted already")

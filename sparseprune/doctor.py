@@ -196,7 +196,7 @@ def _isa(native: Any) -> Found:
         return MISSING, _one_line(exc), f"unset SPARSEPRUNE_ISA (or set it to one of {', '.join(available)})"
     text = f"{isa}, forced by SPARSEPRUNE_ISA" if forced else f"{isa}, detected"
     if isa != available[0]:
-        return NOTE, f"{text}; {available[0]} is here, and faster", "unset SPARSEPRUNE_ISA"
+        return NOTE, f"{text}; {available[0]} is the default here", "unset SPARSEPRUNE_ISA"
     if isa == "scalar":
         return NOTE, f"{text}: plain C++, several times slower than AVX2; programs run"
     return OK, text + "".join(f"; SPARSEPRUNE_ISA={name} forces {name}" for name in available[1:])

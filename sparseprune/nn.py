@@ -46,11 +46,23 @@ class _Sparse(nn.Module):
 
 
 class SparseLinear(_Sparse):
-    """`torch.nn.Linear` with a packed weight; the output carries no gradient.
+    """`torch.nn.Linear` with a packed weight; for evaluation: the output carries no gradient.
+
+    Takes float32 `(..., in_features)` on the CPU, returns float32 `(..., out_features)`.
+
+    Args:
+        weight: `(out_features, in_features)`.
+        bias: float32, `(out_features,)`.
+
+    Raises:
+        TypeError: `weight` is no `BlockCSR`. A call: the input is no tensor, or it or the bias not float32.
+        ValueError: `weight` has not two dimensions. A call: shapes or devices that do not fit.
+        SparsepruneError: From `train`.
 
     Example:
-        >>> layer = sparseprune.nn.SparseLinear.from_linear(model.fc)
-        >>> y = layer(x)  # (..., in_features)
+        >>> layer = sparseprune.nn.SparseLinear.from_linear(torch.nn.Linear(64, 10))
+        >>> layer(torch.zeros(2, 7, 64)).shape
+        torch.Size([2, 7, 10])
     """
 
     def __init__(self, weight: BlockCSR, bias: Tensor | None = None) -> None:
@@ -81,11 +93,28 @@ class SparseLinear(_Sparse):
 
 
 class SparseConv2d(_Sparse):
-    """`torch.nn.Conv2d` with a packed weight and zero padding; the output carries no gradient.
+    """`torch.nn.Conv2d` with a packed weight and zero padding; for evaluation: the output carries no gradient.
+
+    Takes float32 `(N, in_channels, H, W)` or `(in_channels, H, W)` on the CPU, returns float32 `(N, out_channels, H',
+    W')` or `(out_channels, H', W')`. Computed directly, without a dense weight and mostly without im2col, as first in
+    Park et al., *Faster CNNs with Direct Sparse Convolutions and Guided Pruning*, 2016 (arXiv 1608.01409).
+
+    Args:
+        weight: `(out_channels, in_channels/groups, kh, kw)`.
+        bias: float32, `(out_channels,)`.
+        stride, padding, dilation: An int, or `(h, w)`; `padding` may be `"same"` (stride 1 only) or `"valid"`.
+        groups: Divides both numbers of channels.
+
+    Raises:
+        TypeError: `weight` is no `BlockCSR`. A call: the input is no tensor, or it or the bias not float32.
+        ValueError: `weight` has not four dimensions, or an attribute does not fit. A call: shapes or devices that do
+            not fit.
+        SparsepruneError: From `train`.
 
     Example:
-        >>> layer = sparseprune.nn.SparseConv2d.from_conv2d(model.conv1)
-        >>> y = layer(x)  # (N, C, H, W) or (C, H, W)
+        >>> layer = sparseprune.nn.SparseConv2d.from_conv2d(torch.nn.Conv2d(3, 16, 3, stride=2))
+        >>> layer(torch.zeros(1, 3, 33, 33)).shape
+        torch.Size([1, 16, 16, 16])
     """
 
     def __init__(
@@ -100,9 +129,11 @@ class SparseConv2d(_Sparse):
     ) -> None:
         super().__init__(weight, bias, 4)
         self.out_channels, self.kernel_size = weight.shape[0], weight.shape[2:]
+        if groups < 1 or self.out_channels % groups:
+            raise ValueError(f"groups={groups} does not divide out_channels={self.out_channels}")
         self.in_channels = weight.shape[1] * groups
-        self.stride, self.dilation, self.groups = _pair(stride), _pair(dilation), groups
-        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.stride, self.dilation, self.groups = _pair("stride", stride), _pair("dilation", dilation), groups
+        self.padding = padding if isinstance(padding, str) else _pair("padding", padding)
         if isinstance(padding, str) and padding not in ("same", "valid"):
             raise ValueError(f"padding={padding!r}: expected 'same', 'valid', an int or two of them")
         if padding == "same" and self.stride != (1, 1):
@@ -128,9 +159,9 @@ class SparseConv2d(_Sparse):
         return cls(
             weight if weight is not None else packed(),
             bias,
-            stride=_pair(layer.stride),
-            padding=layer.padding if isinstance(layer.padding, str) else _pair(layer.padding),
-            dilation=_pair(layer.dilation),
+            stride=_pair("stride", layer.stride),
+            padding=layer.padding if isinstance(layer.padding, str) else _pair("padding", layer.padding),
+            dilation=_pair("dilation", layer.dilation),
             groups=layer.groups,
         )
 
@@ -181,6 +212,8 @@ def _packed(layer: nn.Linear | nn.Conv2d) -> tuple[Any, Tensor | None]:
     return pack, bias
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = (value, value) if isinstance(value, int) else value
-    return int(first), int(second)
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(f"{name}: expected an int or two of them, got {value!r}")
+    return int(pair[0]), int(pair[1])

@@ -47,7 +47,11 @@ class SegmentReport:
         kind: `native` or `torch`.
         operators: A summary: the layers of a native segment, the operators of a torch one.
         nodes: How many operators it has.
-        share: Of the time of all segments, on the example inputs; None where nothing was timed.
+        share: Of the time of all segments, on the example inputs, from 0 to 1; None where nothing was timed.
+
+    Example:
+        >>> [(segment.kind, segment.share) for segment in fast.report.segments]
+        [('native', 0.83), ('torch', 0.17)]
     """
 
     kind: str
@@ -69,7 +73,13 @@ class Report:
         max_error, bound: Largest absolute difference from float64 on the examples, and what was allowed there.
         input_shapes, threads, isa, torch: What it was measured with.
         notes: What else is worth knowing, such as sizes that had to be fixed.
-        segments: In order, where the model is not wholly native; else empty.
+        segments: In order, where the model is not wholly native; else empty, also where single layers were swapped
+            (a note says so then).
+
+    Example:
+        >>> print(fast.report)
+        >>> slow = [layer.name for layer in fast.report.layers if layer.choice == "torch"]
+        >>> json.dumps(fast.report.to_dict())
     """
 
     layers: tuple[LayerReport, ...]

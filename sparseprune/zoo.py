@@ -20,7 +20,7 @@ Layer names follow the usual ones (torchvision's where it has the network), so c
 Every factory takes `seed`: weights are drawn with that seed (He initialisation for convolutions, arXiv 1502.01852) and
 the global random state is left as it was. `seed=None` draws from the global state. Models come in training mode, as
 torch's do. Inputs are float32 `(N, in_channels, H, W)`; classifiers return float32 logits `(N, num_classes)`, detectors
-and U-Net what their classes say.
+and U-Net what their classes say. A size that is not positive is a `ValueError` that names it.
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network: stem, stages of blocks (each after the first halves H and W), average, linear.
+    """A residual network (arXiv 1512.03385): stem, stages of blocks (each after the first halves H and W), linear.
+
+    Takes `(N, in_channels, H, W)`, returns logits `(N, num_classes)`.
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
@@ -231,12 +233,22 @@ def resnet18_32(
 
 
 def resnet18(num_classes: int = 1000, *, in_channels: int = 3, seed: int | None = 0) -> ResNet:
-    """ResNet-18 for 224×224 images: 11.7 M parameters, 1.8 G multiply-adds. Input `(N, in_channels, 224, 224)`."""
+    """ResNet-18 for 224×224 images: 11.7 M parameters, 1.8 G multiply-adds. Input `(N, in_channels, 224, 224)`.
+
+    Example:
+        >>> resnet18()(torch.zeros(1, 3, 224, 224)).shape
+        torch.Size([1, 1000])
+    """
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes=num_classes, in_channels=in_channels, seed=seed)
 
 
 def resnet50(num_classes: int = 1000, *, in_channels: int = 3, seed: int | None = 0) -> ResNet:
-    """ResNet-50 v1.5 for 224×224 images: 25.6 M parameters, 4.1 G multiply-adds. Input `(N, in_channels, 224, 224)`."""
+    """ResNet-50 v1.5 for 224×224 images: 25.6 M parameters, 4.1 G multiply-adds. Input `(N, in_channels, 224, 224)`.
+
+    Example:
+        >>> resnet50()(torch.zeros(1, 3, 224, 224)).shape
+        torch.Size([1, 1000])
+    """
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes=num_classes, in_channels=in_channels, seed=seed)
 
 
@@ -246,7 +258,7 @@ _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 
 
 
 class VGG(nn.Module):
-    """3×3 convolutions and 2×2 max pooling, then three linear layers.
+    """3×3 convolutions and 2×2 max pooling, then three linear layers (arXiv 1409.1556).
 
     Takes `(N, in_channels, H, W)`, 224×224 in the paper; other sizes from 32 are pooled to 7×7. Layers are called
     `features.0` … `features.28` (`features.40` with batch norm) and `classifier.0`, `classifier.3`, `classifier.6`.
@@ -367,7 +379,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """Inverted residuals: `features.0` is the stem, `features.1` … `features.17` the blocks, `features.18` a last 1×1.
 
-    Takes `(N, in_channels, H, W)`, 224×224 in the paper; the features are 32 times smaller.
+    From arXiv 1801.04381. Takes `(N, in_channels, H, W)`, 224×224 in the paper; the features are 32 times smaller.
 
     Args:
         num_classes: Outputs of `classifier.1`.
@@ -458,7 +470,7 @@ class CSPBlock(nn.Module):
 
 
 class YOLOv4Tiny(nn.Module):
-    """CSPDarknet53-tiny and two heads; leaky ReLU of slope 0.1.
+    """CSPDarknet53-tiny and two heads; leaky ReLU of slope 0.1 (arXiv 2011.08036).
 
     Takes `(N, in_channels, H, W)`, H and W multiples of 32 (416 as trained). Returns the two raw maps `(coarse, fine)`
     of shapes `(N, 3·(5 + num_classes), H/32, W/32)` and `(…, H/16, W/16)`: for each of 3 anchors x, y, w, h, objectness
@@ -525,7 +537,7 @@ _ANCHORS = (3, 6, 6, 6, 6, 6)  # boxes at each place of the six maps
 
 
 class SSD300(nn.Module):
-    """SSD's extra maps and 3×3 heads on MobileNetV2.
+    """SSD's extra maps and 3×3 heads (arXiv 1512.02325) on MobileNetV2.
 
     The six maps have 19, 10, 5, 3, 2 and 1 places a side for 300×300 images: the expansion (576 channels, stride 16) of
     MobileNetV2's block 14, as in section 6.2 of its paper, its last features, and four pairs of 1×1 and 3×3
@@ -544,7 +556,7 @@ class SSD300(nn.Module):
         ValueError: A size that is not positive.
 
     Example:
-        >>> [tuple(y.shape) for y in SSD300(width=0.25)(torch.zeros(1, 3, 300, 300))]
+        >>> [tuple(y.shape) for y in SSD300(width=0.25).eval()(torch.zeros(1, 3, 300, 300))]
         [(1, 1917, 4), (1, 1917, 21)]
     """
 
@@ -592,7 +604,7 @@ def ssd300_mobilenetv2(num_classes: int = 21, *, in_channels: int = 3, seed: int
     Returns boxes and scores, as `SSD300` says.
 
     Example:
-        >>> [tuple(y.shape) for y in ssd300_mobilenetv2(81)(torch.zeros(1, 3, 300, 300))]
+        >>> [tuple(y.shape) for y in ssd300_mobilenetv2(81).eval()(torch.zeros(1, 3, 300, 300))]
         [(1, 1917, 4), (1, 1917, 81)]
     """
     return SSD300(num_classes, in_channels=in_channels, seed=seed)
@@ -609,7 +621,7 @@ def _double_conv(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """A contracting and an expanding path, with the former's maps concatenated into the latter.
+    """A contracting and an expanding path, the former's maps concatenated into the latter (arXiv 1505.04597).
 
     Differs from the paper as today's implementations do: convolutions are padded, so that the output is as large as the
     input, and have batch norm. Up-sampling is a transposed 2×2 convolution of stride 2.

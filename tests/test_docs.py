@@ -7,8 +7,10 @@ from typing import Any
 
 from sparseprune.graph.ir import OPS
 from sparseprune.graph.operators import operator_table
+from sparseprune.zoo import NETWORKS
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 def load_generator() -> Any:
@@ -40,3 +42,22 @@ def test_program_md_lists_every_operator() -> None:
     documented = [name for row in table for name in re.findall(r"`(\w+)`", row.split("|")[1])]
     assert len(documented) == len(set(documented))
     assert set(documented) == OPS
+
+
+def test_every_file_is_in_the_map_of_contributing_md() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    known = set(re.findall(r"\w+", text[: text.index("## Rules")]))
+    isa = re.compile(r"_(scalar|avx2|avx512)$")  # vec_<isa>, kernels_<isa>
+    for folder in ("sparseprune", "csrc", "bench", "docs"):
+        for path in (ROOT / folder).rglob("*.*"):
+            if path.suffix in (".py", ".pyi", ".cpp", ".h", ".md") and path.stem != "__init__":
+                stem = isa.sub("_", path.stem)
+                assert stem in known, f"{path.relative_to(ROOT)} is not in the map"
+
+
+def test_readme_names_every_network_and_links_to_files() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in NETWORKS:
+        assert f"`{name}`" in text
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).is_file(), target

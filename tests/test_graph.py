@@ -159,6 +159,24 @@ def test_a_size_that_the_code_asks_about_is_fixed() -> None:
     assert "dimension 2" in captured.notes[0] and "test_graph.py" in captured.notes[0]
 
 
+def test_padding_by_a_formula_of_the_sizes_fixes_them_at_once() -> None:
+    padded: list[Any] = []
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y = F.pad(x, (0, -x.shape[3] % 8, 0, -x.shape[2] % 8))
+        padded.append(y.shape[3])
+        return m.conv(y)
+
+    graph = check(Function(forward, conv=nn.Conv2d(3, 2, 1)), X, other=(X[:1],))
+    assert graph.inputs[0].shape == ("s0", 3, 12, 10)
+    assert set(padded) == {16}  # nothing was traced beyond the padding while that was a formula
+
+
+def test_sizes_are_fixed_where_export_takes_too_long_with_open_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparseprune.graph.capture._OPEN_SECONDS", 0.0)
+    assert check(nn.Conv2d(3, 2, 1), X).inputs[0].shape == (2, 3, 12, 10)
+
+
 def test_a_model_of_one_sample_is_captured_as_such() -> None:
     model = Function(lambda m, x: m.fc(m.conv(x).reshape(1, -1)), conv=nn.Conv2d(3, 4, 3), fc=nn.Linear(320, 2))
     assert check(model, X[:1]).inputs[0].shape == (1, 3, 12, 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import pickle
 from typing import Any
 
@@ -121,6 +122,13 @@ def test_wrong_arguments() -> None:
         SparseConv2d(packed, padding="same", stride=2)
     with pytest.raises(ValueError, match="padding='full'"):
         SparseConv2d(packed, padding="full")
+    for wrong, message in (
+        ({"stride": (1, 2, 3)}, r"stride: expected an int or two of them, got \(1, 2, 3\)"),
+        ({"padding": None}, "padding: expected an int or two of them, got None"),
+        ({"groups": 3}, "groups=3 does not divide out_channels=2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SparseConv2d(packed, **wrong)  # type: ignore[arg-type]
     conv = SparseConv2d(packed)
     with pytest.raises(TypeError, match="x: expected a torch.Tensor, got list"):
         conv([torch.zeros(2, 4, 4)])
@@ -136,3 +144,8 @@ def test_in_compiled_and_exported_code() -> None:
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(torch.compile(model, backend="aot_eager")(x), model(x))
     assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def test_examples_of_the_docstrings() -> None:
+    found = doctest.testmod(sparseprune.nn, extraglobs={"torch": torch, "sparseprune": sparseprune})
+    assert found.attempted == 4 and found.failed == 0

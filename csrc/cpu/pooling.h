@@ -83,8 +83,41 @@ inline void pool_small(const PoolRow& job) {
     });
 }
 
+// The window's rows combined, at sixteen columns from i; those outside of the row do not count.
+template <class Op>
+inline V pool_column(const PoolRow& job, int64_t i) {
+    const V none = set1(Op::none());
+    const bool inside = i + kLanes <= job.in_width;
+    const uint16_t lanes = lane_bits(0, job.in_width - i);
+    V v = none;
+    for (int64_t r = 0; r < job.rows; ++r) {
+        const float* from = job.in + r * job.row_pitch + i;
+        const V next = inside ? loadu(from) : load_lanes_or(none, from, lanes);
+        v = r == 0 ? next : Op::combine(next, v);
+    }
+    return v;
+}
+
+// Two columns apart, and two (from column 2x) or three (from 2x - 1) columns wide.
+template <class Op>
+inline void pool_pairs(const PoolRow& job) {
+    const bool three = job.kernel == 3;
+    const Shift back = make_shift(-1);
+    V before = set1(Op::none());
+    for_vectors(job.out_width, [&](int64_t x, auto out) {
+        const V low = pool_column<Op>(job, 2 * x), high = pool_column<Op>(job, 2 * x + kLanes);
+        const V odd = odd_lanes(low, high);
+        V v = even_lanes(low, high);
+        if (three) v = Op::combine(v, shift_lanes(odd, before, back, -1));
+        out.store(job.out + x, Op::combine(odd, v));
+        before = odd;
+    });
+}
+
 template <class Op>
 inline void pool_row(const PoolRow& job) {
+    const bool pairs = job.stride == 2 && job.dilation == 1 && (job.kernel == 2 || job.kernel == 3) && job.left == job.kernel - 2;
+    if (pairs) return pool_pairs<Op>(job);
     if (job.kernel <= 3 && job.rows <= 3 && job.stride <= 2) return pool_small<Op>(job);
     combine_rows<Op>(job, pool_scratch(job.in_width, job.out_width, job.kernel, job.stride, job.dilation, job.left));
     for (int64_t x = 0; x < job.out_width; x += kLanes) {

@@ -54,6 +54,12 @@ inline V even_lanes(V x, V y) {
     };
     return {even(x.a, x.b), even(y.a, y.b)};
 }
+inline V odd_lanes(V x, V y) {
+    auto odd = [](__m256 p, __m256 q) {
+        return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(p, q, 0xDD)), 0xD8));
+    };
+    return {odd(x.a, x.b), odd(y.a, y.b)};
+}
 inline float sum_lanes(V v) {
     __m256 h = _mm256_add_ps(v.a, v.b);
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));

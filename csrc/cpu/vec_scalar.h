@@ -34,6 +34,7 @@ inline V shift_lanes(const V& v, const V& n, Shift, int dx) {
     SPARSEPRUNE_LANES(i + dx < 0 ? n.f[i + dx + 16] : i + dx > 15 ? n.f[i + dx - 16] : v.f[i + dx]);
 }
 inline V even_lanes(const V& a, const V& b) { SPARSEPRUNE_LANES(i < 8 ? a.f[2 * i] : b.f[2 * i - 16]); }
+inline V odd_lanes(const V& a, const V& b) { SPARSEPRUNE_LANES(i < 8 ? a.f[2 * i + 1] : b.f[2 * i - 15]); }
 inline float sum_lanes(const V& v) {
     float s[8];
     for (int i = 0; i < 8; ++i) s[i] = v.f[i] + v.f[i + 8];

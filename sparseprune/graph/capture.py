@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections import OrderedDict
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection, export
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from ..errors import UnsupportedError
@@ -31,7 +33,7 @@ from .ir import Graph
 from .lower import lower
 from .segmented import Segmented
 from .segments import split
-from .shapes import ShapeDependentError
+from .shapes import ShapeDependentError, static
 from .snapshot import snapshot
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
+_OPEN_SECONDS = 60.0  # of this thread's time, for an export with open sizes
 _Place = tuple[int, int]  # (which leaf of args, which dimension)
 _T = TypeVar("_T")
 
@@ -253,12 +256,15 @@ def _attempt(
     doubled = {place for place, dim in dynamic if dim == 0 and leaves[place].shape[0] == 1}
     example = [torch.cat([leaf, leaf]) if place in doubled else leaf for place, leaf in enumerate(leaves)]
     try:
-        with _quiet(), torch.inference_mode(False), torch.no_grad():
+        watch = _Watch(_OPEN_SECONDS if dynamic else None, padding=finish is _lower)
+        with _quiet(), torch.inference_mode(False), torch.no_grad(), watch:
             shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]  # by tensor: forward may take *args
             for place, leaf in enumerate(example):
                 for dim in range(leaf.ndim if isinstance(leaf, Tensor) else 0):
                     shapes[leaf][dim] = Dim.AUTO if (place, dim) in dynamic else Dim.STATIC
             exported = export(model, tree_unflatten(example, in_spec), dynamic_shapes=shapes, strict=False)
+    except ShapeDependentError:
+        raise
     except Exception as error:  # export raises what the model's own code raises, too
         text = str(error).strip().split("\n\n")[0]
         where = _where(error)
@@ -280,6 +286,29 @@ def _where(error: Exception) -> str:
             at = f" at {os.path.basename(frame.filename)}:{frame.lineno}"
             return "" if frame.filename == __file__ else at + (f" (`{frame.line}`)" if frame.line else "")
     return ""
+
+
+class _Watch(TorchFunctionMode):
+    """Gives up an export with open sizes that leads nowhere.
+
+    Where windows are cut from images of any size, formulas of quotients and remainders grow, and torch reasons about
+    them for many minutes. What would come of it: padding by such a formula, which no program has (`padding` stops
+    there), or nothing in `seconds`.
+    """
+
+    def __init__(self, seconds: float | None, padding: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seconds, self.padding, self.start = seconds, padding, time.thread_time()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.seconds is not None and time.thread_time() - self.start > self.seconds:
+            raise ShapeDependentError(f"torch.export took longer than {self.seconds:g} s with open sizes")
+        if self.padding and func in (nn.functional.pad, torch._C._nn.pad):
+            sides = kwargs["pad"] if "pad" in kwargs else args[1]
+            if any(isinstance(side, torch.SymInt) and static(side) is None for side in sides):
+                raise ShapeDependentError(f"pad: the padding {tuple(sides)} depends on the inputs' sizes")
+        return func(*args, **kwargs)
 
 
 @contextmanager
