@@ -3,7 +3,8 @@
     python bench/profile_network.py resnet50 --sparsity 0.95 --threads 2
 
 Prints, for each operator: its group, where it runs depth first with others, median microseconds, useful GFLOP/s a
-thread (2 x kept weights x output pixels / time / threads) and what was chosen. `bench/ceilings.cpp` says what the machine could do.
+thread (2 x kept weights x output pixels / time / threads) and what was chosen. `bench/ceilings.cpp` says what the
+machine could do.
 """
 
 from __future__ import annotations
@@ -52,9 +53,8 @@ def profile(program: runtime.Program, x: np.ndarray, runs: int) -> None:
         pixels = int(np.prod(shape)) // shape[1]
         useful = 2e-3 * layer.get("kept", 0) * pixels / micros / plan.threads if micros else 0.0
         picked = f"{choice['form']}/{choice['kind']}/{choice['vectors']}" if choice else ""
-        print(
-            f"{group.get(node, ''):3} {layer['name']:28} {layer['op']:17} {str(shape):22} {micros:9.1f} us {useful:7.1f} GFLOP/s  {picked}"
-        )
+        name = f"{group.get(node, ''):3} {layer['name']:28} {layer['op']:17} {str(shape):22}"
+        print(f"{name} {micros:9.1f} us {useful:7.1f} GFLOP/s  {picked}")
     memory = f"arena {plan.arena_bytes / 1e6:.1f} MB, packed weights {plan.weight_bytes / 1e6:.1f} MB"
     print(f"sum of medians: {total / 1e3:.3f} ms; {memory}")
 

@@ -166,7 +166,7 @@ def measure(network: Network, size: int, sparsity: float, threads: int | None) -
     torch.manual_seed(0)
     model = make(network).eval()
     prune_uniform(model, sparsity)
-    fixed = network.name.startswith(("vit", "swin", "maxvit"))  # these take their own size alone
+    fixed = network.name.startswith(("vit", "swin", "maxvit", "ssd"))  # these take no size of ours, or none smaller
     fit = size if fixed else min(size, FIT_SIZE)
     fit_scale(model, [torch.zeros(1, 3, fit, fit)])
     x, other = torch.randn(2, 1, 3, size, size).unbind()

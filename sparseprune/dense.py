@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-__all__ = ["BASELINES", "baseline", "plain_copy"]
+__all__ = ["BASELINES", "MORE_BASELINES", "baseline", "plain_copy"]
 
 BASELINES = ("eager", "channels_last", "compile", "compile_channels_last")
+MORE_BASELINES = ("compile_max_autotune",)  # minutes to prepare
 
 
 def baseline(name: str, dense: nn.Module, args: tuple[Tensor, ...]) -> Callable[[], Any]:
@@ -25,7 +26,9 @@ def baseline(name: str, dense: nn.Module, args: tuple[Tensor, ...]) -> Callable[
     from torch._inductor import config
 
     compiled = torch.compile(dense)
-    with config.patch(freezing=True):  # freezing needs gradients off: benchmark() is in inference mode
+    with config.patch(
+        freezing=True, max_autotune=name.endswith("max_autotune")
+    ):  # freezing needs gradients off: benchmark() is in inference mode
         for _ in range(2):  # the first call compiles
             compiled(*args)
     return lambda: compiled(*args)
