@@ -66,6 +66,7 @@ std::vector<int> vector_counts(const ConvShape& s, Form form, WeightKind kind, c
     if (form == Form::taps) return {static_cast<int>(tap_vectors(s))};
     if (shifted) {
         for (int64_t t = vr; t <= most; t += vr) counts.push_back(static_cast<int>(t));
+        for (int t = std::min(4, k.max_part); vr > most && t <= k.max_part && t > 0; ++t) counts.push_back(t);
         return counts;
     }
     for (int t : {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14})
@@ -85,7 +86,7 @@ void add_run(std::vector<Tile>& tiles, int64_t in, int64_t out, int64_t vectors,
     int64_t done = 0;
     for (int64_t p = 0; p < parts; ++p) {
         const int64_t count = (units * (p + 1) / parts - units * p / parts) * step;
-        tiles.push_back({in + done * 16, out + done * 16, static_cast<int32_t>(count), static_cast<int32_t>(mask + done)});
+        tiles.push_back({in + done * 16, out + done * 16, static_cast<int32_t>(count), static_cast<int32_t>(mask + done), 0});
         done += count;
     }
 }
@@ -110,6 +111,15 @@ int64_t tile_step(const ConvPlan& p) {
 // The tiles of rows [begin, end) of one image, in rows layout.
 void add_rows(std::vector<Tile>& tiles, const ConvPlan& p, int64_t in, int64_t in_pitch, int64_t out, int64_t begin, int64_t end) {
     const int64_t most = p.choice.vectors, vr = p.shape.out.row_vectors(), pitch = p.shape.out.pitch, step = tile_step(p);
+    if (step > most) {  // lane shifts over parts of a row
+        for (int64_t y = begin; y < end; ++y) {
+            const size_t first = tiles.size();
+            add_run(tiles, in + y * in_pitch, out + y * pitch, vr, most, 1, y * vr);
+            for (size_t t = first; t < tiles.size(); ++t)
+                tiles[t].sides = kInRow | (t > first ? kLeft : 0) | (t + 1 < tiles.size() ? kRight : 0);
+        }
+        return;
+    }
     if (in_pitch == pitch) return add_run(tiles, in + begin * pitch, out + begin * pitch, (end - begin) * vr, most, step, begin * vr);
     for (int64_t y = begin; y < end; ++y) add_run(tiles, in + y * in_pitch, out + y * pitch, vr, most, step, y * vr);
 }
@@ -153,7 +163,7 @@ std::vector<Column> plan_taps(ConvPlan& p) {
     const Layout& out = s.out;
     const int64_t vectors = tap_vectors(s), pixels = out.h * out.w;
     for (int64_t v = 0; v < vectors; ++v) p.masks.push_back(lanes(pixels - v * 16));
-    for (int64_t n = 0; n < out.n; ++n) p.tiles.push_back({n * out.image, n * out.image, static_cast<int32_t>(vectors), 0});
+    for (int64_t n = 0; n < out.n; ++n) p.tiles.push_back({n * out.image, n * out.image, static_cast<int32_t>(vectors), 0, 0});
     p.chunk_tiles = {0, p.tiles.size()};
     return make_columns(s, [&](int64_t c, const Tap& tap, int64_t) {
         return Column{narrow_offset(c * s.in.plane), static_cast<int32_t>(tap.qy * out.w + tap.qx)};
@@ -317,7 +327,7 @@ int64_t direct_margin(const Node& node, const Shape& in, const Shape& out) {
 bool choice_fits(const ConvShape& s, const Choice& c, const Kernels& k) {
     const bool shifted = s.max_qx != 0 || s.min_qx != 0;
     if ((c.form == Form::direct || c.form == Form::phases) && shifted) {
-        if (c.kind != WeightKind::single || s.out.row_vectors() > k.max_shift) return false;
+        if (c.kind != WeightKind::single || (s.out.row_vectors() > k.max_shift && k.max_part == 0)) return false;
     }
     switch (c.form) {
         case Form::direct: return direct_fits(s);

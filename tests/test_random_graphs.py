@@ -280,14 +280,12 @@ class Builder:
 class Planes(Builder):
     """Layers of vision networks, on planes wide enough to run depth first, one mostly reading the one before."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, wide: bool = False) -> None:
         super().__init__(seed)
-        self.shapes[0] = (
-            self.rng.choice([1, 1, 2, 3]),
-            self.rng.randint(1, 5),
-            self.rng.randint(5, 40),
-            self.rng.randint(17, 50),
-        )
+        height, width = self.rng.randint(5, 40), self.rng.randint(17, 50)
+        if wide:  # rows of more vectors than a tile has
+            height, width = self.rng.randint(3, 7), self.rng.randint(65, 300)
+        self.shapes[0] = (self.rng.choice([1, 1, 2, 3]), self.rng.randint(1, 5), height, width)
 
     def kinds(self) -> list[Any]:
         return [self.op_conv, self.op_conv, self.op_conv, self.op_pool, self.op_act, self.op_sum, self.op_parts]
@@ -344,10 +342,18 @@ def test_random_graphs(isa: str, block: int) -> None:
 
 
 @pytest.mark.parametrize("isa", _native.supported_isas())
+def test_wide_rows(isa: str) -> None:
+    for seed in range(40):
+        builder = Planes(seed, wide=True)
+        check(builder.grow(builder.rng.randint(2, 6)), isa, seed)
+
+
+@pytest.mark.parametrize("isa", _native.supported_isas())
 def test_depth_first_gives_the_same_bits(isa: str) -> None:
     groups = 0
     for seed in range(150):
-        graph = (builder := Planes(seed)).grow(builder.rng.randint(2, 14))
+        builder = Planes(seed, wide=seed % 5 == 0)
+        graph = builder.grow(builder.rng.randint(2, 14))
         x = builder.array(*builder.shapes[0])
         program = _native.Program(graph.to_bytes())
         expected: list[Any] | None = None

@@ -37,7 +37,9 @@ struct Tile {
     int64_t out;     // float offset into an output plane
     int32_t count;   // vectors
     int32_t masks;   // index of the first vector's mask
+    int32_t sides = 0;  // kInRow where it is a part of a row of pixels, and which neighbours the row has beside it
 };
+enum Sides : int32_t { kLeft = 1, kRight = 2, kInRow = 4 };
 
 struct Entry {       // one kept weight
     int32_t offset;  // float offset of its input, relative to the tile's
@@ -142,6 +144,7 @@ struct Kernels {
     const char* name;
     int32_t dense_rows;                    // R of the dense kernel
     int32_t max_single, max_shift, max_masked, max_dense;  // most vectors a tile may have
+    int32_t max_part;                      // with lane shifts, where a row is longer than max_shift; 0: cannot be
     void (*single)(const SpmmJob&);        // any unroll; groups > 1: with lane shifts
     void (*masked)(const SpmmJob&);
     void (*dense)(const SpmmJob&);

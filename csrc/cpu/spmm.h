@@ -126,6 +126,30 @@ void shifted_rows(const SpmmJob& job, const Tile& tile) {
     }
 }
 
+// The same over a part of a row, where a whole one has too many vectors: L and R neighbours are summed too, for their lanes.
+template <int T, int L, int R, class E>
+void part_rows(const SpmmJob& job, const Tile& tile) {
+    const float* in = job.in + tile.in;
+    const E* entries = entries_of<E>(job);
+    const Target to = target_of(job, tile);
+    const int groups = job.groups;
+    for (int64_t row = job.row_begin; row < job.row_end; ++row) {
+        const int64_t* start = job.start + row * groups;
+        V out[T];
+        accumulate<T, 1>(in, entries + start[0], entries + start[1], out);
+        for (int g = 1; g < groups; ++g) {
+            if (start[g] == start[g + 1]) continue;
+            V acc[T + 2];  // acc[1] is of the tile's first vector
+            acc[0] = acc[T + 1] = zero();
+            accumulate<L + T + R, 1>(in - L * kLanes, entries + start[g], entries + start[g + 1], acc + 1 - L);
+            const int dx = job.shifts[g];
+            const Shift s = make_shift(dx);
+            for (int t = 0; t < T; ++t) out[t] = add(out[t], shift_lanes(acc[t + 1], acc[dx > 0 ? t + 2 : t], s, dx));
+        }
+        store_row<T>(to, row, out);
+    }
+}
+
 // The same over a whole flat plane, one group a tap: what a tap would read outside the image is masked.
 template <int T, int U, class E>
 void tap_rows(const SpmmJob& job, const Tile& tile) {
@@ -246,7 +270,7 @@ using TileKernel = void (*)(const SpmmJob&, const Tile&);
 
 // Tables by (unroll, vectors): one row of fourteen for unroll 1, four each for 2 and 4.
 template <class E>
-inline TileKernel single_kernel(const SpmmJob& job, int vectors) {
+inline TileKernel single_kernel(const SpmmJob& job, int vectors, int sides) {
     static constexpr TileKernel plain[] = {SPARSEPRUNE_FOURTEEN(single_rows, kMaxSingle, E)};
     static constexpr TileKernel plain2[] = {SPARSEPRUNE_FOUR(single_rows, kMaxSingle, 2, E)};
     static constexpr TileKernel plain4[] = {SPARSEPRUNE_FOUR(single_rows, kMaxSingle, 4, E)};
@@ -254,6 +278,13 @@ inline TileKernel single_kernel(const SpmmJob& job, int vectors) {
     static constexpr TileKernel taps[] = {SPARSEPRUNE_FOURTEEN(tap_rows, kMaxShift, E)};
     static constexpr TileKernel taps2[] = {SPARSEPRUNE_FOUR(tap_rows, kMaxShift, 2, E)};
     static constexpr TileKernel taps4[] = {SPARSEPRUNE_FOUR(tap_rows, kMaxShift, 4, E)};
+#define SPARSEPRUNE_PART(T) \
+    SPARSEPRUNE_UP_TO(kMaxPart, T, part_rows<(T <= kMaxPart ? T : 1), 0, 0, E>), SPARSEPRUNE_UP_TO(kMaxPart, T, part_rows<(T <= kMaxPart ? T : 1), 1, 0, E>), \
+        SPARSEPRUNE_UP_TO(kMaxPart, T, part_rows<(T <= kMaxPart ? T : 1), 0, 1, E>), SPARSEPRUNE_UP_TO(kMaxPart, T, part_rows<(T <= kMaxPart ? T : 1), 1, 1, E>)
+    static constexpr TileKernel part[] = {SPARSEPRUNE_PART(1), SPARSEPRUNE_PART(2), SPARSEPRUNE_PART(3), SPARSEPRUNE_PART(4),
+                                          SPARSEPRUNE_PART(5), SPARSEPRUNE_PART(6), SPARSEPRUNE_PART(7), SPARSEPRUNE_PART(8)};
+#undef SPARSEPRUNE_PART
+    if (sides & kInRow) return part[(vectors - 1) * 4 + (sides & (kLeft | kRight))];
     if (job.tap_masks) return (job.unroll == 4 ? taps4 : job.unroll == 2 ? taps2 : taps)[vectors - 1];
     if (job.groups > 1) return shifted[vectors - 1];
     return (job.unroll == 4 ? plain4 : job.unroll == 2 ? plain2 : plain)[vectors - 1];
@@ -263,12 +294,12 @@ void run_single(const SpmmJob& job) {
     for (int64_t i = 0; i < job.tile_count; ++i) {
         const Tile& tile = job.tiles[i];
         if (!job.narrow) {
-            single_kernel<Entry>(job, tile.count)(job, tile);
+            single_kernel<Entry>(job, tile.count, tile.sides)(job, tile);
             continue;
         }
         Tile window = tile;
         window.in += job.narrow_base;
-        single_kernel<NarrowEntry>(job, tile.count)(job, window);
+        single_kernel<NarrowEntry>(job, tile.count, tile.sides)(job, window);
     }
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 constexpr Kernels kTable = {
-    kName, kDenseRows, kMaxSingle, kMaxShift, kMaxMasked, kMaxDense, run_single, run_masked, run_dense, dot_sparse, dot_dense, im2col,
+    kName, kDenseRows, kMaxSingle, kMaxShift, kMaxMasked, kMaxDense, kMaxPart, run_single, run_masked, run_dense, dot_sparse, dot_dense, im2col,
     copy_rows, add_row, max_pool_row, sum_pool_row, sum_row, act_row,
     {binary_row<Add>, binary_row<Subtract>, binary_row<Multiply>, binary_row<Divide>, binary_row<Larger>, binary_row<Smaller>,
      binary_row<Prelu>},

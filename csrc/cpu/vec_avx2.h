@@ -7,7 +7,7 @@ struct V {
 using Shift = int;
 
 constexpr const char* kName = "avx2";
-constexpr int kDenseRows = 6, kMaxSingle = 7, kMaxShift = 4, kMaxMasked = 2, kMaxDense = 1;
+constexpr int kDenseRows = 6, kMaxSingle = 7, kMaxShift = 4, kMaxPart = 0, kMaxMasked = 2, kMaxDense = 1;
 constexpr int kGemmRows = 6, kGemmVectors = 1;  // of a tile of the small dense product
 
 inline V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

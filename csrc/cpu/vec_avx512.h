@@ -5,7 +5,7 @@ using V = __m512;
 using Shift = __m512i;  // lane numbers of a shift over two registers
 
 constexpr const char* kName = "avx512";
-constexpr int kDenseRows = 8, kMaxSingle = 14, kMaxShift = 14, kMaxMasked = 5, kMaxDense = 3;
+constexpr int kDenseRows = 8, kMaxSingle = 14, kMaxShift = 14, kMaxPart = 8, kMaxMasked = 5, kMaxDense = 3;
 constexpr int kGemmRows = 6, kGemmVectors = 4;  // of a tile of the small dense product
 
 inline V zero() { return _mm512_setzero_ps(); }

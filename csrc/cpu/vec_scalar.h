@@ -7,7 +7,7 @@ struct V {
 using Shift = int;
 
 constexpr const char* kName = "scalar";
-constexpr int kDenseRows = 4, kMaxSingle = 4, kMaxShift = 4, kMaxMasked = 2, kMaxDense = 1;
+constexpr int kDenseRows = 4, kMaxSingle = 4, kMaxShift = 4, kMaxPart = 2, kMaxMasked = 2, kMaxDense = 1;
 constexpr int kGemmRows = 1, kGemmVectors = 4;  // of a tile of the small dense product: sums that stay in memory
 
 #define SPARSEPRUNE_LANES(expr)             \
