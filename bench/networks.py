@@ -20,12 +20,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peers
+
+from sparseprune import timing
 
 NETWORKS = "resnet18-32,resnet50,yolov4-tiny,vgg16,mobilenetv2"
 TORCH = ("eager", "channels_last", "compile", "compile_channels_last", "compile_max_autotune")
@@ -100,7 +101,7 @@ def measure(case: dict[str, Any], names: list[str], rounds: int, seconds: float)
              if "median_ms" in row and name != OURS and name not in peers.INFORMATION}  # fmt: skip
     fastest = min(dense, key=lambda name: dense[name], default=None)
     ratio = dense[fastest] / rows[OURS]["median_ms"] if fastest and "median_ms" in rows[OURS] else None
-    return {**case, "fastest_dense": fastest, "ratio": ratio, "rows": rows, "machine": machine()}
+    return {**case, "fastest_dense": fastest, "ratio": ratio, "rows": rows, "machine": timing.machine()}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -168,6 +169,7 @@ def work(task: dict[str, Any]) -> None:
 
     import sparseprune
     from sparseprune.synthetic import fit_scale
+    from sparseprune.timing import block
     from sparseprune.zoo import NETWORKS as ZOO
 
     torch.manual_seed(0)
@@ -197,27 +199,6 @@ def prepare(name: str, model: Any, args: tuple[Any, ...], threads: int) -> Calla
         fast = sparseprune.convert(model, *args, verify=False)
         return lambda: fast(*args)
     return baseline(name, model, args) if name in TORCH else peers.peer(name, model, args, threads)
-
-
-def block(call: Callable[[], Any], seconds: float) -> list[float]:
-    clock = time.perf_counter
-    end = clock() + seconds / 4
-    call()
-    while clock() < end:
-        call()
-    samples: list[float] = []
-    end = clock() + seconds
-    while len(samples) < 3 or clock() < end:
-        start = clock()
-        call()
-        samples.append(1e3 * (clock() - start))
-    return samples
-
-
-def machine() -> dict[str, Any]:
-    from sparseprune.timing import machine
-
-    return machine()
 
 
 if __name__ == "__main__":

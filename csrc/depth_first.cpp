@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <climits>
+#include <map>
 
 namespace sparseprune {
 namespace {
 
 constexpr Range kNothing{INT64_MAX, INT64_MIN};
+constexpr int64_t kManyImages = 8;  // a thread
 
 void extend(Range& range, int64_t begin, int64_t end) {
     range.begin = std::min(range.begin, begin);
@@ -85,11 +87,14 @@ Schedule make_schedule(const std::vector<BandLayer>& layers, const std::vector<B
     schedule.computed.assign(layers.size(), 0);
     schedule.busiest.assign(layers.size(), 0);
     const int64_t height = values[static_cast<size_t>(layers.back().output)].height, total = images * bands;
+    const bool whole = images >= kManyImages * threads;
     for (int t = 0; t < threads; ++t) {
         Walk walk(layers, values, windows);
         std::vector<Band> own;
         std::vector<int64_t> rows(layers.size(), 0);
-        const int64_t begin = total * t / threads, end = total * (t + 1) / threads;
+        const int64_t image = images * t / threads, repeats = whole ? images * (t + 1) / threads - image : 1;
+        const int64_t begin = whole ? image * bands : total * t / threads;
+        const int64_t end = whole ? begin + bands : total * (t + 1) / threads;
         for (int64_t b = begin; b < end; ++b) {
             const int64_t at = b % bands;
             own.push_back(walk.next(b / bands, {height * at / bands, height * (at + 1) / bands}, b == begin || at == 0));
@@ -98,20 +103,22 @@ Schedule make_schedule(const std::vector<BandLayer>& layers, const std::vector<B
                 schedule.capacity[w] = std::max(schedule.capacity[w], own.back().windows[w].rows.size());
         }
         for (size_t l = 0; l < layers.size(); ++l) {
-            schedule.computed[l] += rows[l];
-            schedule.busiest[l] = std::max(schedule.busiest[l], rows[l]);
+            schedule.computed[l] += rows[l] * repeats;
+            schedule.busiest[l] = std::max(schedule.busiest[l], rows[l] * repeats);
         }
         schedule.threads.push_back(std::move(own));
+        schedule.repeats.push_back(repeats);
     }
     return schedule;
 }
 
-bool computes_once(const Schedule& schedule, size_t layer, int64_t height, int64_t images) {
-    std::vector<std::vector<Range>> rows(static_cast<size_t>(images));
+bool computes_once(const Schedule& schedule, size_t layer, int64_t height) {
+    std::map<int64_t, std::vector<Range>> rows;  // by image
     for (const auto& bands : schedule.threads)
         for (const Band& b : bands)
-            if (b.rows[layer].size() > 0) rows[static_cast<size_t>(b.image)].push_back(b.rows[layer]);
-    for (auto& image : rows) {
+            if (b.rows[layer].size() > 0) rows[b.image].push_back(b.rows[layer]);
+            else rows[b.image];
+    for (auto& [number, image] : rows) {
         std::sort(image.begin(), image.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
         int64_t at = 0;
         for (const Range& r : image) {

@@ -46,16 +46,17 @@ struct Band {
 
 struct Schedule {
     std::vector<std::vector<Band>> threads;
+    std::vector<int64_t> repeats;   // by thread: the bands are done for so many images, from the one that they name
     std::vector<int64_t> capacity;  // rows, by window
     std::vector<int64_t> computed;  // rows of all images and threads, by layer
     std::vector<int64_t> busiest;   // the same of the thread that computes most
 };
 
-// The last layer's value is cut into `bands` bands an image; all images' bands go to the threads in order.
+// The last layer's value is cut into `bands` bands an image; all images' bands go to the threads in order. Many images go whole.
 Schedule make_schedule(const std::vector<BandLayer>& layers, const std::vector<BandValue>& values, int windows, int64_t images,
                        int64_t bands, int threads);
 
 // Whether the layer computes each row of its output exactly once.
-bool computes_once(const Schedule& schedule, size_t layer, int64_t height, int64_t images);
+bool computes_once(const Schedule& schedule, size_t layer, int64_t height);
 
 }  // namespace sparseprune

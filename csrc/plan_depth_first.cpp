@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 #include <set>
 
 #include "depth_first.h"
@@ -27,6 +28,7 @@ constexpr double kMemoryRate = 10e9, kCacheRate = 50e9;  // bytes a second and t
 constexpr double kMultiplyRate = 20e9;                   // kept weights times pixels a second and thread
 constexpr double kBarrier = 2e-6, kCall = 0.3e-6;        // seconds
 constexpr int64_t kMostBands = 64;                       // an image
+constexpr int64_t kMostInAll = 1024;                     // of all images that differ in how they are shared out
 constexpr size_t kLongest = 32;                          // nodes of a group
 
 int64_t cache_bytes() {
@@ -246,14 +248,15 @@ std::optional<PlanBuilder::Group> PlanBuilder::band_group(const std::vector<Band
             if (in.border && made_here && g.band_values[static_cast<size_t>(in.value)].window < 0) return std::nullopt;
         }
     const Shape& last = shape_of(first + static_cast<int>(base + end) - 1);
-    const int64_t images = last[0], step = images % threads() == 0 ? 1 : threads();
+    const int64_t images = last[0], step = threads() / std::gcd(images, static_cast<int64_t>(threads()));
     for (int64_t bands = step; bands <= std::min(kMostBands, std::max<int64_t>(last[2], 1)); bands += std::max(step, bands / 4 / step * step)) {
         if (plan_.options_.bands > 0) bands = std::max(bands, std::min(last[2], plan_.options_.bands) / step * step);
+        if (std::min<int64_t>(images, 8 * threads()) * bands > kMostInAll) return std::nullopt;
         g.schedule = make_schedule(g.layers, g.band_values, static_cast<int>(g.roots.size()), images, bands, threads());
         bool once = true;
         for (size_t l = 0; l < g.layers.size() && once; ++l) {
             const BandValue& out = g.band_values[static_cast<size_t>(g.layers[l].output)];
-            if (out.window < 0) once = computes_once(g.schedule, l, out.height, images);
+            if (out.window < 0) once = computes_once(g.schedule, l, out.height);
         }
         if (!once) return std::nullopt;
         if (cost_of(nodes, g, bands)) return g;
@@ -271,7 +274,8 @@ bool PlanBuilder::cost_of(const std::vector<BandNode>& nodes, Group& g, int64_t 
     }
     double seconds = kBarrier, moved = 0, ideal = 0, busiest = 0;
     int64_t calls = 0;
-    for (const auto& own : g.schedule.threads) calls = std::max(calls, static_cast<int64_t>(own.size() * g.layers.size()));
+    for (size_t t = 0; t < g.schedule.threads.size(); ++t)
+        calls = std::max(calls, static_cast<int64_t>(g.schedule.threads[t].size() * g.layers.size()) * g.schedule.repeats[t]);
     const int64_t images = band_layout(g.values[0]).n;
     for (size_t i = 0; i < g.layers.size(); ++i) {
         const BandNode& b = nodes[g.begin + i];
@@ -358,8 +362,8 @@ namespace {
 using Pointers = PlanBuilder::Pointers;
 
 // Where row 0 of the first channel would be, were all rows there.
-const float* row0(const BandGroup& g, const Pointers& ptr, const Run& run, int id, const Band& band, const Operand& o) {
-    if (o.window < 0) return o.ref.kind == Ref::none ? nullptr : ptr.in(run, o.ref) + o.layout.offset + band.image * o.layout.image;
+const float* row0(const BandGroup& g, const Pointers& ptr, const Run& run, int id, const Band& band, int64_t image, const Operand& o) {
+    if (o.window < 0) return o.ref.kind == Ref::none ? nullptr : ptr.in(run, o.ref) + o.layout.offset + image * o.layout.image;
     const auto w = static_cast<size_t>(o.window);
     return ptr.in(run, g.window_refs[static_cast<size_t>(id)][w]) + o.channel * g.windows[w].plane -
            band.windows[w].rows.begin * g.windows[w].pitch;
@@ -411,19 +415,19 @@ void run_group(const BandGroup& g, const Kernels& k, const Pointers& ptr, const 
     for (const Operand& o : g.whole) zero_margins(o.layout, ptr.out(run, o.ref), part.begin(o.layout.c), part.end(o.layout.c));
     float* scratch = ptr.out(run, g.scratch[static_cast<size_t>(id)]);
     const bool timed = run.node_seconds && id == 0 && g.steps.size() > 1;
-    for (const Band& band : g.schedule.threads[static_cast<size_t>(id)]) {
-        move_windows(g, ptr, run, id, band);
-        for (const BandStep& step : g.steps) {
-            const Range rows = band.rows[step.layer];
-            if (rows.size() == 0) continue;
-            const auto start = timed ? Clock::now() : Clock::time_point();
-            run_step(k, step, rows, row0(g, ptr, run, id, band, step.x), row0(g, ptr, run, id, band, step.second),
-                     writable(row0(g, ptr, run, id, band, step.out)), scratch);
-            if (!timed) continue;
-            const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-            run.node_seconds[step.index] += seconds;
+    const auto row = [&](const Band& band, int64_t image, const Operand& o) { return row0(g, ptr, run, id, band, image, o); };
+    for (int64_t repeat = 0; repeat < g.schedule.repeats[static_cast<size_t>(id)]; ++repeat)
+        for (const Band& band : g.schedule.threads[static_cast<size_t>(id)]) {
+            const int64_t image = band.image + repeat;
+            move_windows(g, ptr, run, id, band);
+            for (const BandStep& step : g.steps) {
+                const Range rows = band.rows[step.layer];
+                if (rows.size() == 0) continue;
+                const auto start = timed ? Clock::now() : Clock::time_point();
+                run_step(k, step, rows, row(band, image, step.x), row(band, image, step.second), writable(row(band, image, step.out)), scratch);
+                if (timed) run.node_seconds[step.index] += std::chrono::duration<double>(Clock::now() - start).count();
+            }
         }
-    }
 }
 
 }  // namespace

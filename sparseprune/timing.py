@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Samples", "machine", "settle", "take_turns", "thread_count"]
+__all__ = ["Samples", "block", "machine", "settle", "take_turns", "thread_count"]
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Samples:
     def add(self, call: Callable[[], Any], seconds: float) -> None:
         """Measure one block of about that many seconds."""
         before, start = _run_queue_waits(), time.perf_counter()
-        self.ms += _block(call, seconds)
+        self.ms += block(call, seconds)
         self.wall_seconds += time.perf_counter() - start
         after = _run_queue_waits()
         self.wait_seconds += sum(max(0, ns - before.get(thread, 0)) for thread, ns in after.items()) / 1e9
@@ -59,7 +59,8 @@ def _run_queue_waits() -> dict[str, int]:
     return waits
 
 
-def _block(call: Callable[[], Any], seconds: float) -> list[float]:
+def block(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Milliseconds of each call in about that many seconds, at least three, after a warm-up of a quarter of that."""
     clock = time.perf_counter
     end = clock() + seconds / 4
     call()

@@ -285,7 +285,10 @@ class Planes(Builder):
         height, width = self.rng.randint(5, 40), self.rng.randint(17, 50)
         if wide:  # rows of more vectors than a tile has
             height, width = self.rng.randint(3, 7), self.rng.randint(65, 300)
-        self.shapes[0] = (self.rng.choice([1, 1, 2, 3]), self.rng.randint(1, 5), height, width)
+        images = self.rng.choice([1, 1, 1, 2, 3, 9, 17])
+        if images > 3:  # whole images to each thread
+            height, width = min(height, 12), min(width, 20)
+        self.shapes[0] = (images, self.rng.randint(1, 5), height, width)
 
     def kinds(self) -> list[Any]:
         return [self.op_conv, self.op_conv, self.op_conv, self.op_pool, self.op_act, self.op_sum, self.op_parts]
