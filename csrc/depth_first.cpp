@@ -80,6 +80,8 @@ private:
 
 }  // namespace
 
+bool many_images(int64_t images, int threads) { return images % threads == 0 || images >= kManyImages * threads; }
+
 Schedule make_schedule(const std::vector<BandLayer>& layers, const std::vector<BandValue>& values, int windows, int64_t images,
                        int64_t bands, int threads) {
     Schedule schedule;
@@ -87,7 +89,7 @@ Schedule make_schedule(const std::vector<BandLayer>& layers, const std::vector<B
     schedule.computed.assign(layers.size(), 0);
     schedule.busiest.assign(layers.size(), 0);
     const int64_t height = values[static_cast<size_t>(layers.back().output)].height, total = images * bands;
-    const bool whole = images >= kManyImages * threads;
+    const bool whole = many_images(images, threads);
     for (int t = 0; t < threads; ++t) {
         Walk walk(layers, values, windows);
         std::vector<Band> own;

@@ -52,6 +52,9 @@ struct Schedule {
     std::vector<int64_t> busiest;   // the same of the thread that computes most
 };
 
+// Whether each thread gets whole images.
+bool many_images(int64_t images, int threads);
+
 // The last layer's value is cut into `bands` bands an image; all images' bands go to the threads in order. Many images go whole.
 Schedule make_schedule(const std::vector<BandLayer>& layers, const std::vector<BandValue>& values, int windows, int64_t images,
                        int64_t bands, int threads);

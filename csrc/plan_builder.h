@@ -103,8 +103,9 @@ private:
     std::pair<int, int64_t> band_root(int value, size_t begin, size_t end) const;
     double traffic(int64_t bytes) const;
     double cost_alone(const BandNode& node) const;
-    std::optional<Group> band_group(const std::vector<BandNode>& nodes, size_t begin, size_t end) const;
-    bool cost_of(const std::vector<BandNode>& nodes, Group& group, int64_t bands) const;
+    std::optional<Group> band_group(const std::vector<BandNode>& nodes, size_t begin, size_t end, int64_t wanted, bool& too_large) const;
+    bool cost_of(const std::vector<BandNode>& nodes, Group& group) const;
+    std::vector<Ref> own_buffers(int64_t floats);
     void build_group(const std::vector<BandNode>& nodes, const Group& group);
 
     Plan& plan_;
@@ -120,6 +121,7 @@ private:
     std::map<int, Ref> concat_buffers_;    // by node
     std::map<int, std::vector<int>> consumers_;  // nodes, by value; the graph itself comes last
     std::map<int, Layout> band_layouts_;         // by value: of those that are looked at
+    mutable int64_t band_work_ = 0;
     int node_ = 0, value_ = 0;
 };
 

@@ -28,7 +28,8 @@ constexpr double kMemoryRate = 10e9, kCacheRate = 50e9;  // bytes a second and t
 constexpr double kMultiplyRate = 20e9;                   // kept weights times pixels a second and thread
 constexpr double kBarrier = 2e-6, kCall = 0.3e-6;        // seconds
 constexpr int64_t kMostBands = 64;                       // an image
-constexpr int64_t kMostInAll = 1024;                     // of all images that differ in how they are shared out
+constexpr int64_t kMostInAll = 256;                      // of all images that differ in how they are shared out
+constexpr int64_t kPatience = 10000000;                  // bands times layers looked at: a plan must not take long, whatever comes
 constexpr size_t kLongest = 32;                          // nodes of a group
 
 int64_t cache_bytes() {
@@ -76,6 +77,7 @@ struct PlanBuilder::Group {
     std::vector<BandLayer> layers;
     std::vector<BandValue> band_values;
     std::vector<int> roots;     // of each window
+    int64_t bands = 0;  // an image
     Schedule schedule;
     double cost = 0;
 };
@@ -188,12 +190,22 @@ BandInput conv_rows(const ConvShape& s, const Choice& choice, int value) {
     return {value, stride, stride * s.min_qy + first, stride * s.max_qy + last, false};
 }
 
+// Floats of one row of a copy, of one channel: all phases.
+int64_t copy_row(const ConvShape& s, const Choice& choice) {
+    std::set<std::pair<int64_t, int64_t>> phases;
+    for (const Tap& t : s.taps) phases.emplace(t.py, t.px);
+    const int64_t pitch = choice.form == Form::halo ? round_up(s.out.w + s.max_qx - s.min_qx, 16) : s.out.pitch;
+    return static_cast<int64_t>(phases.size()) * pitch;
+}
+
 int64_t kept_weights(const Weight& w) { return w.sparse ? w.sparse->kept() : w.rows() * w.cols(); }
 
 }  // namespace
 
 // The group of nodes [begin, end), with the fewest bands whose windows fit the cache; nothing where it cannot be, or none fits.
-std::optional<PlanBuilder::Group> PlanBuilder::band_group(const std::vector<BandNode>& nodes, size_t begin, size_t end) const {
+// wanted: so many, if it is not 0. too_large is set where even the smallest bands do not fit.
+std::optional<PlanBuilder::Group> PlanBuilder::band_group(const std::vector<BandNode>& nodes, size_t begin, size_t end, int64_t wanted,
+                                                          bool& too_large) const {
     const int first = static_cast<int>(graph_.inputs.size());
     const size_t base = static_cast<size_t>(nodes[0].index);
     Group g;
@@ -242,31 +254,40 @@ std::optional<PlanBuilder::Group> PlanBuilder::band_group(const std::vector<Band
         g.band_values.push_back({shape_of(value)[2], window});
     }
     // A value that others read has its zero rows written beside: nobody may read them here.
+    const auto made_whole = [&](int value) {
+        return root(g.values[static_cast<size_t>(value)]) >= first + static_cast<int>(base + begin) &&
+               g.band_values[static_cast<size_t>(value)].window < 0;
+    };
     for (const BandLayer& layer : g.layers)
-        for (const BandInput& in : layer.inputs) {
-            const bool made_here = g.values[static_cast<size_t>(in.value)] >= first + static_cast<int>(base + begin);
-            if (in.border && made_here && g.band_values[static_cast<size_t>(in.value)].window < 0) return std::nullopt;
-        }
+        for (const BandInput& in : layer.inputs)
+            if (in.border && made_whole(in.value)) return std::nullopt;
     const Shape& last = shape_of(first + static_cast<int>(base + end) - 1);
     const int64_t images = last[0], step = threads() / std::gcd(images, static_cast<int64_t>(threads()));
-    for (int64_t bands = step; bands <= std::min(kMostBands, std::max<int64_t>(last[2], 1)); bands += std::max(step, bands / 4 / step * step)) {
-        if (plan_.options_.bands > 0) bands = std::max(bands, std::min(last[2], plan_.options_.bands) / step * step);
-        if (std::min<int64_t>(images, 8 * threads()) * bands > kMostInAll) return std::nullopt;
+    const auto possible = [&](int64_t bands) {
+        g.bands = bands;
+        band_work_ += (many_images(images, threads()) ? threads() : images) * bands * static_cast<int64_t>(g.layers.size());
         g.schedule = make_schedule(g.layers, g.band_values, static_cast<int>(g.roots.size()), images, bands, threads());
-        bool once = true;
-        for (size_t l = 0; l < g.layers.size() && once; ++l) {
+        for (size_t l = 0; l < g.layers.size(); ++l) {
             const BandValue& out = g.band_values[static_cast<size_t>(g.layers[l].output)];
-            if (out.window < 0) once = computes_once(g.schedule, l, out.height);
+            if (made_whole(g.layers[l].output) && !computes_once(g.schedule, l, out.height)) return false;
         }
-        if (!once) return std::nullopt;
-        if (cost_of(nodes, g, bands)) return g;
-        if (plan_.options_.bands > 0) break;
-    }
-    return std::nullopt;
+        return true;
+    };
+    const auto multiple = [&](int64_t most) { return std::max(step, most / step * step); };
+    const int64_t forced = wanted > 0 ? wanted : plan_.options_.bands > 0 ? multiple(std::min(last[2], plan_.options_.bands)) : 0;
+    if (forced > 0) return possible(forced) && (cost_of(nodes, g), true) ? std::optional(std::move(g)) : std::nullopt;
+    if (band_work_ > kPatience) return std::nullopt;
+    const int64_t shared = many_images(images, threads()) ? threads() : images;  // bands of so many images are made
+    const int64_t most = multiple(std::min({last[2], kMostBands, kMostInAll / shared}));
+    if (most > std::min(kMostBands, last[2]) || most * shared > kMostInAll || !possible(most)) return std::nullopt;
+    too_large = !cost_of(nodes, g);
+    for (int64_t bands = step; bands < most && !too_large; bands += std::max(step, bands / 4 / step * step))
+        if (possible(bands) && cost_of(nodes, g)) return g;
+    return !too_large && possible(most) && cost_of(nodes, g) ? std::optional(std::move(g)) : std::nullopt;
 }
 
 // Sets the group's cost; false where its bands are too large for the cache.
-bool PlanBuilder::cost_of(const std::vector<BandNode>& nodes, Group& g, int64_t bands) const {
+bool PlanBuilder::cost_of(const std::vector<BandNode>& nodes, Group& g) const {
     int64_t held = 0, scratch = 0, weights = 0;
     for (size_t w = 0; w < g.roots.size(); ++w) {
         const Layout l = band_layout(g.roots[w]);
@@ -287,12 +308,12 @@ bool PlanBuilder::cost_of(const std::vector<BandNode>& nodes, Group& g, int64_t 
             weights += kept * 6;
             row_seconds += static_cast<double>(kept * b.out.w) / kMultiplyRate;
             if (b.choice.form != Form::direct) {
-                const int64_t row = b.shape.in.c * b.shape.in.pitch * 4 * b.shape.window.stride[0] * (b.choice.form == Form::halo ? 5 : 4) / 4;
+                const int64_t row = b.shape.in.c * copy_row(b.shape, b.choice) * 4, span = b.shape.max_qy - b.shape.min_qy;
                 int64_t most = 0;
                 for (const auto& own : g.schedule.threads)
                     for (const Band& band : own) most = std::max(most, band.rows[i].size());
-                scratch = std::max(scratch, row * (most + b.shape.max_qy - b.shape.min_qy));
-                moved += 3.0 * static_cast<double>(row) * rows;
+                scratch = std::max(scratch, row * (most + span));
+                moved += 3.0 * static_cast<double>(row) * (rows + static_cast<double>(span * calls) / static_cast<double>(g.layers.size()));
             }
         }
         ideal += row_seconds * height / threads();
@@ -307,7 +328,7 @@ bool PlanBuilder::cost_of(const std::vector<BandNode>& nodes, Group& g, int64_t 
         const Layout l = band_layout(root);
         const bool written = root >= here;
         seconds += (written ? 2 : 1) * traffic(l.size() * 4);
-        held += l.c * l.pitch * 4 * (l.h / bands + 2);
+        held += l.c * l.pitch * 4 * (l.h / g.bands + 2);
     }
     const int64_t budget = cache_bytes() * 3 / 4;
     g.cost = seconds + moved / kCacheRate + (busiest - ideal) + static_cast<double>(calls) * kCall;
@@ -330,23 +351,29 @@ size_t PlanBuilder::build_depth_first(size_t index) {
         nodes.push_back(*b);
     }
     if (nodes.empty()) return 0;
+    struct Cut {
+        size_t end = 0;
+        int64_t bands = 0;
+    };
     std::vector<double> best(nodes.size() + 1, 0);
-    std::vector<std::optional<Group>> groups(nodes.size());
+    std::vector<Cut> cuts(nodes.size());
+    bool too_large = false;
     for (size_t i = nodes.size(); i-- > 0;) {
         best[i] = cost_alone(nodes[i]) + best[i + 1] + (plan_.options_.bands > 0 ? 1.0 : 0.0);
-        for (size_t end = i + 1; end <= std::min(nodes.size(), i + kLongest); ++end) {
+        too_large = false;
+        for (size_t end = i + 1; end <= std::min(nodes.size(), i + kLongest) && !too_large; ++end) {
             if (end == i + 1 && (nodes[i].kind != BandNode::conv || nodes[i].choice.form == Form::direct)) continue;  // nothing to gain
             if (nodes[end - 1].kind == BandNode::alias) continue;
-            std::optional<Group> g = band_group(nodes, i, end);
+            const std::optional<Group> g = band_group(nodes, i, end, 0, too_large);
             if (!g || g->cost + best[end] >= best[i]) continue;
             best[i] = g->cost + best[end];
-            groups[i] = std::move(g);
+            cuts[i] = {end, g->bands};
         }
     }
     for (size_t i = 0; i < nodes.size();) {
-        if (groups[i]) {
-            build_group(nodes, *groups[i]);
-            i = groups[i]->end;
+        if (cuts[i].end) {
+            build_group(nodes, *band_group(nodes, i, cuts[i].end, cuts[i].bands, too_large));
+            i = cuts[i].end;
             continue;
         }
         node_ = nodes[i].index;
@@ -432,6 +459,19 @@ void run_group(const BandGroup& g, const Kernels& k, const Pointers& ptr, const 
 
 }  // namespace
 
+// A buffer for each thread: together, or each behind a page of its own for the tests.
+std::vector<Ref> PlanBuilder::own_buffers(int64_t floats) {
+    std::vector<Ref> refs;
+    floats = round_up(floats, 16);
+    Ref all;
+    if (!plan_.options_.guarded) all = new_buffer(floats * threads());
+    for (int t = 0; t < threads(); ++t) {
+        refs.push_back(plan_.options_.guarded ? new_buffer(floats) : all);
+        if (!plan_.options_.guarded) refs.back().offset = t * floats;
+    }
+    return refs;
+}
+
 void PlanBuilder::build_group(const std::vector<BandNode>& nodes, const Group& g) {
     const int first = static_cast<int>(graph_.inputs.size());
     const auto begin = static_cast<size_t>(nodes[g.begin].index), end = static_cast<size_t>(nodes[g.end - 1].index) + 1;
@@ -442,13 +482,12 @@ void PlanBuilder::build_group(const std::vector<BandNode>& nodes, const Group& g
         const Layout l = band_layout(g.roots[w]);
         group->windows.push_back({l.c, l.pitch, odd_lines(g.schedule.capacity[w] * l.pitch)});
     }
-    for (int t = 0; t < threads(); ++t) {
-        group->window_refs.emplace_back();
-        for (const BandWindow& w : group->windows) {
-            group->window_refs.back().push_back(new_buffer(w.channels * w.plane));
-            used.push_back(group->window_refs.back().back());
-        }
+    group->window_refs.resize(static_cast<size_t>(threads()));
+    for (const BandWindow& w : group->windows) {
+        const std::vector<Ref> refs = own_buffers(w.channels * w.plane);
+        for (size_t t = 0; t < refs.size(); ++t) group->window_refs[t].push_back(refs[t]);
     }
+    for (const auto& refs : group->window_refs) used.insert(used.end(), refs.begin(), refs.end());
     const auto operand = [&](int value) {
         Operand o;
         const auto local = g.local.find(value);
@@ -508,10 +547,8 @@ void PlanBuilder::build_group(const std::vector<BandNode>& nodes, const Group& g
         }
         group->steps.push_back(std::move(step));
     }
-    for (int t = 0; t < threads(); ++t) {
-        group->scratch.push_back(new_buffer(scratch));
-        used.push_back(group->scratch.back());
-    }
+    group->scratch = own_buffers(scratch);
+    used.insert(used.end(), group->scratch.begin(), group->scratch.end());
     plan_.groups_.push_back({static_cast<int64_t>(begin), static_cast<int64_t>(end)});
     add_step(used, [group, k = &kernels(), ptr = pointers(), count = threads()](const Run& run, int id) {
         run_group(*group, *k, ptr, run, id, count);

@@ -282,7 +282,8 @@ def _attempt(
 def _where(error: Exception) -> str:
     """The line of the model's code that raised; empty where it was none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith((_TORCH, "<")):
+        watching = frame.filename == __file__ and frame.name == "__torch_function__"  # _Watch, called from a line
+        if not frame.filename.startswith((_TORCH, "<")) and not watching:
             at = f" at {os.path.basename(frame.filename)}:{frame.lineno}"
             return "" if frame.filename == __file__ else at + (f" (`{frame.line}`)" if frame.line else "")
     return ""
