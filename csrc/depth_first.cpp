@@ -86,7 +86,7 @@ Schedule make_schedule(const std::vector<BandLayer>& layers, const std::vector<B
                        int64_t bands, int threads) {
     Schedule schedule;
     schedule.capacity.assign(static_cast<size_t>(windows), 0);
-    schedule.computed.assign(layers.size(), 0);
+    schedule.most.assign(layers.size(), 0);
     schedule.busiest.assign(layers.size(), 0);
     const int64_t height = values[static_cast<size_t>(layers.back().output)].height, total = images * bands;
     const bool whole = many_images(images, threads);
@@ -100,14 +100,14 @@ Schedule make_schedule(const std::vector<BandLayer>& layers, const std::vector<B
         for (int64_t b = begin; b < end; ++b) {
             const int64_t at = b % bands;
             own.push_back(walk.next(b / bands, {height * at / bands, height * (at + 1) / bands}, b == begin || at == 0));
-            for (size_t l = 0; l < layers.size(); ++l) rows[l] += own.back().rows[l].size();
+            for (size_t l = 0; l < layers.size(); ++l) {
+                rows[l] += own.back().rows[l].size();
+                schedule.most[l] = std::max(schedule.most[l], own.back().rows[l].size());
+            }
             for (size_t w = 0; w < schedule.capacity.size(); ++w)
                 schedule.capacity[w] = std::max(schedule.capacity[w], own.back().windows[w].rows.size());
         }
-        for (size_t l = 0; l < layers.size(); ++l) {
-            schedule.computed[l] += rows[l] * repeats;
-            schedule.busiest[l] = std::max(schedule.busiest[l], rows[l] * repeats);
-        }
+        for (size_t l = 0; l < layers.size(); ++l) schedule.busiest[l] = std::max(schedule.busiest[l], rows[l] * repeats);
         schedule.threads.push_back(std::move(own));
         schedule.repeats.push_back(repeats);
     }
@@ -117,9 +117,10 @@ Schedule make_schedule(const std::vector<BandLayer>& layers, const std::vector<B
 bool computes_once(const Schedule& schedule, size_t layer, int64_t height) {
     std::map<int64_t, std::vector<Range>> rows;  // by image
     for (const auto& bands : schedule.threads)
-        for (const Band& b : bands)
-            if (b.rows[layer].size() > 0) rows[b.image].push_back(b.rows[layer]);
-            else rows[b.image];
+        for (const Band& b : bands) {
+            std::vector<Range>& image = rows[b.image];
+            if (b.rows[layer].size() > 0) image.push_back(b.rows[layer]);
+        }
     for (auto& [number, image] : rows) {
         std::sort(image.begin(), image.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
         int64_t at = 0;

@@ -48,8 +48,8 @@ struct Schedule {
     std::vector<std::vector<Band>> threads;
     std::vector<int64_t> repeats;   // by thread: the bands are done for so many images, from the one that they name
     std::vector<int64_t> capacity;  // rows, by window
-    std::vector<int64_t> computed;  // rows of all images and threads, by layer
-    std::vector<int64_t> busiest;   // the same of the thread that computes most
+    std::vector<int64_t> most;      // rows of one band, by layer
+    std::vector<int64_t> busiest;   // rows of all images, by layer, of the thread that computes most
 };
 
 // Whether each thread gets whole images.

@@ -2,7 +2,6 @@
 // plan_depth_first.cpp: groups of layers that run together.
 #pragma once
 #include <map>
-#include <set>
 
 #include "plan.h"
 #include "steps.h"

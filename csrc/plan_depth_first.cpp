@@ -212,7 +212,7 @@ std::optional<PlanBuilder::Group> PlanBuilder::band_group(const std::vector<Band
     g.begin = begin;
     g.end = end;
     const auto node_of = [&](size_t i) -> const Node& { return graph_.nodes[base + i]; };
-    std::set<int> whole;  // roots that others read, or that were there before
+    std::set<int> whole;  // roots that others read
     const auto number = [&](int value) {
         const auto [at, is_new] = g.local.emplace(value, static_cast<int>(g.values.size()));
         if (is_new) g.values.push_back(value);
@@ -275,7 +275,7 @@ std::optional<PlanBuilder::Group> PlanBuilder::band_group(const std::vector<Band
     };
     const auto multiple = [&](int64_t most) { return std::max(step, most / step * step); };
     const int64_t forced = wanted > 0 ? wanted : plan_.options_.bands > 0 ? multiple(std::min(last[2], plan_.options_.bands)) : 0;
-    if (forced > 0) return possible(forced) && (cost_of(nodes, g), true) ? std::optional(std::move(g)) : std::nullopt;
+    if (forced > 0) return possible(forced) ? std::optional(std::move(g)) : std::nullopt;  // whatever it costs
     if (band_work_ > kPatience) return std::nullopt;
     const int64_t shared = many_images(images, threads()) ? threads() : images;  // bands of so many images are made
     const int64_t most = multiple(std::min({last[2], kMostBands, kMostInAll / shared}));
@@ -309,10 +309,7 @@ bool PlanBuilder::cost_of(const std::vector<BandNode>& nodes, Group& g) const {
             row_seconds += static_cast<double>(kept * b.out.w) / kMultiplyRate;
             if (b.choice.form != Form::direct) {
                 const int64_t row = b.shape.in.c * copy_row(b.shape, b.choice) * 4, span = b.shape.max_qy - b.shape.min_qy;
-                int64_t most = 0;
-                for (const auto& own : g.schedule.threads)
-                    for (const Band& band : own) most = std::max(most, band.rows[i].size());
-                scratch = std::max(scratch, row * (most + span));
+                scratch = std::max(scratch, row * (g.schedule.most[i] + span));
                 moved += 3.0 * static_cast<double>(row) * (rows + static_cast<double>(span * calls) / static_cast<double>(g.layers.size()));
             }
         }
@@ -332,10 +329,6 @@ bool PlanBuilder::cost_of(const std::vector<BandNode>& nodes, Group& g) const {
     }
     const int64_t budget = cache_bytes() * 3 / 4;
     g.cost = seconds + moved / kCacheRate + (busiest - ideal) + static_cast<double>(calls) * kCall;
-    if (plan_.options_.bands > 0) {
-        g.cost = 0;
-        return true;
-    }
     return held + scratch + std::min(weights, budget / 2) <= budget;
 }
 
@@ -530,10 +523,8 @@ void PlanBuilder::build_group(const std::vector<BandNode>& nodes, const Group& g
             s.in.n = s.out.n = 1;
             s.in.plane = step.x.layout.plane;
             s.out.plane = step.out.layout.plane;
-            int64_t most = 0;
-            for (const auto& own : g.schedule.threads)
-                for (const Band& band : own) most = std::max(most, band.rows[step.layer].size());
-            ConvPlan plan = plan_conv(s, graph_.weights[static_cast<size_t>(node.weight)], b.choice, kernels(), most + s.max_qy - s.min_qy);
+            const int64_t copied = g.schedule.most[step.layer] + s.max_qy - s.min_qy;
+            ConvPlan plan = plan_conv(s, graph_.weights[static_cast<size_t>(node.weight)], b.choice, kernels(), copied);
             plan.residual_plane = step.second.layout.plane;
             for (const auto& own : g.schedule.threads)
                 for (const Band& band : own) {

@@ -6,6 +6,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Converted:
         notes = self.report.notes[0] if self.report is not None else "it could not be exported"
         raise SparsepruneError(f"the model is not one native program; {notes}")
 
-    @property
+    @cached_property
     def inputs(self) -> list[tuple[str, tuple[int | str, ...], torch.dtype]]:
         """Name, shape and dtype of each tensor that a call takes; what a module takes is not known."""
         if isinstance(self.runs, Segmented):
