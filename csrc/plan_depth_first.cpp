@@ -406,13 +406,8 @@ void move_windows(const BandGroup& g, const Pointers& ptr, const Run& run, int i
 void run_conv(const Kernels& k, const BandStep& step, Range rows, const float* x, const float* residual, float* out, float* scratch) {
     const ConvPlan& plan = *step.conv;
     if (plan.choice.form != Form::direct) {
-        const PhaseCopy& copy = plan.copy;
-        const int64_t count = rows.size() + plan.shape.max_qy - plan.shape.min_qy;
-        for (int64_t c = 0; c < plan.shape.in.c; ++c)
-            for (size_t ph = 0; ph < copy.phases.size(); ++ph)
-                copy_phase_rows(k, plan, ph, x + c * plan.shape.in.plane, rows.begin, count,
-                                scratch + c * copy.plane + static_cast<int64_t>(ph) * copy.phase);
-        x = scratch - rows.begin * copy.pitch;
+        copy_phases(k, plan, x, rows.begin, rows.size() + plan.shape.max_qy - plan.shape.min_qy, scratch, plan.shape.in.c);
+        x = scratch - rows.begin * plan.copy.pitch;
     }
     const std::vector<Tile>& tiles = step.tiles.at({rows.begin, rows.end});
     const Share share{tiles.data(), static_cast<int64_t>(tiles.size()), 0, plan.weight.cuts.back()};

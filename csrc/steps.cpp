@@ -191,37 +191,69 @@ void pixel_shuffle_value(const Layout& from, const float* in, const std::array<i
     }
 }
 
-void copy_phase_rows(const Kernels& k, const ConvPlan& plan, size_t phase, const float* in, int64_t first, int64_t rows, float* out) {
+namespace {
+
+struct Rows {
+    int64_t begin, end;
+};
+
+// Rows r of a phase, of [first, first + count), that are inside the image: 0 <= stride * (r + min_qy) + py < h.
+Rows phase_rows(const ConvShape& s, int64_t py, int64_t first, int64_t count) {
+    const int64_t stride = s.window.stride[0], above = -stride * s.min_qy - py;
+    const int64_t top = std::clamp<int64_t>(above > 0 ? (above + stride - 1) / stride : 0, first, first + count);
+    const int64_t below = s.in.h - 1 - py < 0 ? 0 : (s.in.h - 1 - py) / stride - s.min_qy + 1;
+    return {top, std::max(top, std::min(first + count, below))};
+}
+
+// in: phase column 0 of the first row to be copied, of the first channel
+void copy_phase(const Kernels& k, const ConvPlan& plan, int64_t px, const float* in, int64_t rows, float* out, int64_t channels) {
     const ConvShape& s = plan.shape;
     const PhaseCopy& copy = plan.copy;
-    const int64_t sy = s.window.stride[0], sx = s.window.stride[1];
-    const auto [py, px] = copy.phases[phase];
+    const int64_t sx = s.window.stride[1], pitch = s.window.stride[0] * s.in.pitch;
     // columns j with 0 <= sx * (j + first_column) + px < w
     const int64_t before = -sx * copy.first_column - px;
     const int64_t lead = std::clamp<int64_t>(before > 0 ? (before + sx - 1) / sx : 0, 0, copy.pitch);
     const int64_t stop = s.in.w - 1 - px < 0 ? 0 : (s.in.w - 1 - px) / sx - copy.first_column + 1;
     const int64_t count = std::max<int64_t>(0, std::min(copy.pitch, stop) - lead);
-    // rows r with 0 <= sy * (r + min_qy) + py < h
-    const int64_t above = -sy * s.min_qy - py;
-    const int64_t top = std::clamp<int64_t>(above > 0 ? (above + sy - 1) / sy : 0, first, first + rows);
-    const int64_t below = s.in.h - 1 - py < 0 ? 0 : (s.in.h - 1 - py) / sy - s.min_qy + 1;
-    const int64_t bottom = count == 0 ? top : std::max(top, std::min(first + rows, below));
-    std::fill_n(out, (top - first) * copy.pitch, 0.0f);
-    std::fill_n(out + (bottom - first) * copy.pitch, (first + rows - bottom) * copy.pitch, 0.0f);
-    if (bottom == top) return;
-    const float* from = in + (sy * (top + s.min_qy) + py) * s.in.pitch + sx * (lead + copy.first_column) + px;
-    k.copy_rows({from, out + (top - first) * copy.pitch, bottom - top, sy * s.in.pitch, copy.pitch, sx, lead, count,
-                 copy.pitch - lead - count});
+    const float* from = count ? in + sx * (lead + copy.first_column) + px : in;
+    for (int64_t c = 0; c < channels; ++c)
+        k.copy_rows({from + c * s.in.plane, out + c * copy.plane, rows, pitch, copy.pitch, sx, lead, count, copy.pitch - lead - count});
+}
+
+}  // namespace
+
+void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, int64_t first, int64_t count, float* out, int64_t channels) {
+    const ConvShape& s = plan.shape;
+    const PhaseCopy& copy = plan.copy;
+    const bool split = s.window.stride[1] == 2 && copy.first_column == 0;
+    for (size_t ph = 0; ph < copy.phases.size(); ++ph) {
+        const auto [py, px] = copy.phases[ph];
+        float* to = out + static_cast<int64_t>(ph) * copy.phase;
+        const Rows rows = phase_rows(s, py, first, count);
+        for (int64_t c = 0; c < channels && rows.begin > first; ++c) std::fill_n(to + c * copy.plane, (rows.begin - first) * copy.pitch, 0.0f);
+        for (int64_t c = 0; c < channels && rows.end < first + count; ++c)
+            std::fill_n(to + c * copy.plane + (rows.end - first) * copy.pitch, (first + count - rows.end) * copy.pitch, 0.0f);
+        const auto other = std::find(copy.phases.begin(), copy.phases.end(), std::array<int64_t, 2>{py, 1 - px});
+        const bool pair = split && other != copy.phases.end();
+        if (rows.begin == rows.end || (pair && other < copy.phases.begin() + static_cast<int64_t>(ph))) continue;  // done with the other
+        const float* from = in + (s.window.stride[0] * (rows.begin + s.min_qy) + py) * s.in.pitch;
+        to += (rows.begin - first) * copy.pitch;
+        if (!split) {
+            copy_phase(k, plan, px, from, rows.end - rows.begin, to, channels);
+            continue;
+        }
+        float* second = pair ? to + (other - copy.phases.begin() - static_cast<int64_t>(ph)) * copy.phase : nullptr;
+        k.split_rows({from, px == 0 ? to : second, px == 0 ? second : to, channels, s.in.plane, copy.plane, rows.end - rows.begin,
+                      s.window.stride[0] * s.in.pitch, copy.pitch, s.in.w});
+    }
 }
 
 void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, float* out, Part part) {
     const ConvShape& s = plan.shape;
-    const PhaseCopy& copy = plan.copy;
-    for (int64_t c = part.begin(s.in.c); c < part.end(s.in.c); ++c)
-        for (size_t ph = 0; ph < copy.phases.size(); ++ph)
-            for (int64_t n = 0; n < s.in.n; ++n)
-                copy_phase_rows(k, plan, ph, in + s.in.at(n, c, 0), 0, copy.rows,
-                                out + c * copy.plane + static_cast<int64_t>(ph) * copy.phase + n * copy.rows * copy.pitch);
+    const int64_t begin = part.begin(s.in.c), end = part.end(s.in.c);
+    for (int64_t n = 0; n < s.in.n; ++n)
+        copy_phases(k, plan, in + s.in.at(n, begin, 0), 0, plan.copy.rows, out + begin * plan.copy.plane + n * plan.copy.rows * plan.copy.pitch,
+                    end - begin);
 }
 
 void fill_panel(const Kernels& k, const ConvPlan& plan, size_t chunk, const float* in, float* out, Part part) {

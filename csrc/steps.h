@@ -35,8 +35,8 @@ void pixel_shuffle_value(const Layout& from, const float* in, const std::array<i
 
 // The packed input of a convolution: phase copy, or chunk `chunk` of the panel.
 void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, float* out, Part part);
-// `rows` rows from `first` of one image of phase number `phase`; in: the plane's first row.
-void copy_phase_rows(const Kernels& k, const ConvPlan& plan, size_t phase, const float* in, int64_t first, int64_t rows, float* out);
+// `count` rows from `first` of all phases of one image; in: the first channel's first row.
+void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, int64_t first, int64_t count, float* out, int64_t channels);
 void fill_panel(const Kernels& k, const ConvPlan& plan, size_t chunk, const float* in, float* out, Part part);
 
 // Which tiles and rows a thread computes, for each (chunk, thread).

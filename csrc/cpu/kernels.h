@@ -107,6 +107,15 @@ struct RowCopy {
     int64_t lead, count, tail;  // zeros, elements, zeros written a row
 };
 
+// Every second column of rows of some planes, with zeros up to out_pitch: even ones to one place, odd ones to another.
+struct SplitRows {
+    const float* in;
+    float *even, *odd;     // one may be null
+    int64_t planes, in_plane, out_plane;  // floats between planes
+    int64_t rows, in_pitch, out_pitch;
+    int64_t width;         // of an input row; nothing beyond it is read
+};
+
 struct PoolRow {           // one output row of a max or average pooling
     const float* in;       // first row of the window
     int64_t row_pitch;     // floats between its rows (dilation included)
@@ -155,6 +164,7 @@ struct Kernels {
                       const float* residual, float* out, Activation act);
     void (*im2col)(const Im2colJob&);
     void (*copy_rows)(const RowCopy&);
+    void (*split_rows)(const SplitRows&);
     void (*add_row)(const float* a, const float* b, float* out, int64_t count, Activation act);  // b may be null
     void (*max_pool_row)(const PoolRow&);
     void (*sum_pool_row)(const PoolRow&);  // sums; the caller scales

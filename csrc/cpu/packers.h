@@ -75,6 +75,28 @@ void copy_rows(const RowCopy& job) {
     }
 }
 
+template <bool even, bool odd>
+void split_vectors(const SplitRows& job) {
+    for (int64_t v = 0; v < job.out_pitch; v += kLanes) {
+        const uint16_t low = lane_bits(0, job.width - 2 * v), high = lane_bits(0, job.width - 2 * v - kLanes);
+        for (int64_t p = 0; p < job.planes; ++p) {
+            const float* in = job.in + p * job.in_plane + 2 * v;
+            const int64_t out = p * job.out_plane + v;
+            for (int64_t r = 0; r < job.rows; ++r) {
+                const V a = load_lanes(in + r * job.in_pitch, low), b = load_lanes(in + r * job.in_pitch + kLanes, high);
+                if (even) storeu(job.even + out + r * job.out_pitch, even_lanes(a, b));
+                if (odd) storeu(job.odd + out + r * job.out_pitch, odd_lanes(a, b));
+            }
+        }
+    }
+}
+
+void split_rows(const SplitRows& job) {
+    if (!job.odd) split_vectors<true, false>(job);
+    else if (!job.even) split_vectors<false, true>(job);
+    else split_vectors<true, true>(job);
+}
+
 void add_row(const float* a, const float* b, float* out, int64_t count, Activation act) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
