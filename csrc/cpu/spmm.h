@@ -24,23 +24,24 @@ inline Target target_of(const SpmmJob& job, const Tile& tile) {
             job.masks + tile.masks, job.act};
 }
 
-// Bias, residual, activation; lanes that are no pixel become zero, which later readers rely on.
+// What a row's sum starts from.
+inline V bias_of(const Target& to, int64_t row) { return to.bias ? set1(to.bias[row]) : zero(); }
+
+// Residual, activation; lanes that are no pixel become zero, which later readers rely on.
 template <int T>
 inline void store_row(const Target& to, int64_t row, V* v) {
-    if (to.bias) {
-        const V bias = set1(to.bias[row]);
-        for (int t = 0; t < T; ++t) v[t] = add(v[t], bias);
-    }
+    float* out = to.out + row * to.plane;
     if (to.residual) {
         const float* residual = to.residual + row * to.residual_plane;
         for (int t = 0; t < T; ++t) v[t] = add(v[t], loadu(residual + t * kLanes));
     }
     if (to.act.kind == Act::relu) {
-        for (int t = 0; t < T; ++t) v[t] = max_nan(zero(), v[t]);
-    } else if (to.act.kind != Act::none) {
+        for (int t = 0; t < T; ++t) storeu(out + t * kLanes, keep_positive(v[t], to.masks[t]));
+        return;
+    }
+    if (to.act.kind != Act::none) {
         for (int t = 0; t < T; ++t) v[t] = activate(v[t], to.act);
     }
-    float* out = to.out + row * to.plane;
     for (int t = 0; t < T; ++t) storeu(out + t * kLanes, keep_lanes(v[t], to.masks[t]));
 }
 
@@ -54,12 +55,12 @@ inline const Entry* entries_of<Entry>(const SpmmJob& job) { return job.entries; 
 template <>
 inline const NarrowEntry* entries_of<NarrowEntry>(const SpmmJob& job) { return job.narrow; }
 
-// sum of entries [e, end) into acc[T], U independent chains to hide the latency of the FMA
+// first + the sum of entries [e, end) into acc[T], U independent chains to hide the latency of the FMA
 template <int T, int U, class E>
-inline void accumulate(const float* in, const E* e, const E* end, V* acc) {
+inline void accumulate(const float* in, const E* e, const E* end, V first, V* acc) {
     V part[U][T];
     for (int u = 0; u < U; ++u)
-        for (int t = 0; t < T; ++t) part[u][t] = zero();
+        for (int t = 0; t < T; ++t) part[u][t] = u ? zero() : first;
     for (; e + U <= end; e += U) {
         for (int u = 0; u < U; ++u) {
             const float* p = in + offset_of(e[u]);
@@ -88,7 +89,7 @@ void single_rows(const SpmmJob& job, const Tile& tile) {
     const Target to = target_of(job, tile);
     for (int64_t row = job.row_begin; row < job.row_end; ++row) {
         V acc[T];
-        accumulate<T, U>(in, entries + job.start[row], entries + job.start[row + 1], acc);
+        accumulate<T, U>(in, entries + job.start[row], entries + job.start[row + 1], bias_of(to, row), acc);
         store_row<T>(to, row, acc);
     }
 }
@@ -115,11 +116,11 @@ void shifted_rows(const SpmmJob& job, const Tile& tile) {
     for (int64_t row = job.row_begin; row < job.row_end; ++row) {
         const int64_t* start = job.start + row * groups;
         V out[T];
-        accumulate<T, U>(in, entries + start[0], entries + start[1], out);  // group 0 has shift 0
+        accumulate<T, U>(in, entries + start[0], entries + start[1], bias_of(to, row), out);  // group 0 has shift 0
         for (int g = 1; g < groups; ++g) {
             if (start[g] == start[g + 1]) continue;
             V acc[T];
-            accumulate<T, U>(in, entries + start[g], entries + start[g + 1], acc);
+            accumulate<T, U>(in, entries + start[g], entries + start[g + 1], zero(), acc);
             add_shifted<T>(out, acc, job.shifts[g], job.row_edges);
         }
         store_row<T>(to, row, out);
@@ -136,12 +137,12 @@ void part_rows(const SpmmJob& job, const Tile& tile) {
     for (int64_t row = job.row_begin; row < job.row_end; ++row) {
         const int64_t* start = job.start + row * groups;
         V out[T];
-        accumulate<T, 1>(in, entries + start[0], entries + start[1], out);
+        accumulate<T, 1>(in, entries + start[0], entries + start[1], bias_of(to, row), out);
         for (int g = 1; g < groups; ++g) {
             if (start[g] == start[g + 1]) continue;
             V acc[T + 2];  // acc[1] is of the tile's first vector
             acc[0] = acc[T + 1] = zero();
-            accumulate<L + T + R, 1>(in - L * kLanes, entries + start[g], entries + start[g + 1], acc + 1 - L);
+            accumulate<L + T + R, 1>(in - L * kLanes, entries + start[g], entries + start[g + 1], zero(), acc + 1 - L);
             const int dx = job.shifts[g];
             const Shift s = make_shift(dx);
             for (int t = 0; t < T; ++t) out[t] = add(out[t], shift_lanes(acc[t + 1], acc[dx > 0 ? t + 2 : t], s, dx));
@@ -160,11 +161,11 @@ void tap_rows(const SpmmJob& job, const Tile& tile) {
     for (int64_t row = job.row_begin; row < job.row_end; ++row) {
         const int64_t* start = job.start + row * groups;
         V out[T];
-        accumulate<T, U>(in, entries + start[0], entries + start[1], out);
+        accumulate<T, U>(in, entries + start[0], entries + start[1], bias_of(to, row), out);
         for (int g = 1; g < groups; ++g) {
             if (start[g] == start[g + 1]) continue;
             V acc[T];
-            accumulate<T, U>(in, entries + start[g], entries + start[g + 1], acc);
+            accumulate<T, U>(in, entries + start[g], entries + start[g + 1], zero(), acc);
             const int dx = job.shifts[g];
             const Shift s = make_shift(dx);
             const uint16_t* masks = job.tap_masks + g * T;
@@ -203,8 +204,10 @@ void masked_rows(const SpmmJob& job, const Tile& tile) {
     const Target to = target_of(job, tile);
     for (int64_t row = job.row_begin; row < job.row_end; row += 4) {
         V acc[4][T];
-        for (int r = 0; r < 4; ++r)
-            for (int t = 0; t < T; ++t) acc[r][t] = zero();
+        for (int r = 0; r < 4; ++r) {
+            const V first = row + r < job.row_end ? bias_of(to, row + r) : zero();
+            for (int t = 0; t < T; ++t) acc[r][t] = first;
+        }
         const int32_t* word = job.stream + job.stream_start[row / 4];
         while (const int32_t head = *word++) {
             const int count = head >> 4;
@@ -234,9 +237,14 @@ void dense_rows(const SpmmJob& job, const Tile& tile) {
         const int64_t block = group * blocks_per_group + in_group / R;
         const float* in = job.in + tile.in + group * job.dense_group_offset;
         const float* w = job.dense + block * job.dense_cols * R;
+        int64_t end = (group + 1) * job.dense_rows_per_group;
+        if (end > row + R) end = row + R;
+        if (end > job.row_end) end = job.row_end;
         V acc[R][T];
-        for (int r = 0; r < R; ++r)
-            for (int t = 0; t < T; ++t) acc[r][t] = zero();
+        for (int r = 0; r < R; ++r) {
+            const V first = row + r < end ? bias_of(to, row + r) : zero();
+            for (int t = 0; t < T; ++t) acc[r][t] = first;
+        }
         for (int64_t k = 0; k < job.dense_cols; ++k, w += R) {
             const float* p = in + job.dense_offsets[k];
             V x[T];
@@ -246,9 +254,6 @@ void dense_rows(const SpmmJob& job, const Tile& tile) {
                 for (int t = 0; t < T; ++t) acc[r][t] = fma(wr, x[t], acc[r][t]);
             }
         }
-        int64_t end = (group + 1) * job.dense_rows_per_group;
-        if (end > row + R) end = row + R;
-        if (end > job.row_end) end = job.row_end;
         for (int r = 0; r < R && row + r < end; ++r)
             store_row<T>(to, row + r, acc[r]);
         row = end;

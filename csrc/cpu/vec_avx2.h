@@ -31,6 +31,7 @@ inline V keep_lanes(V v, uint16_t mask) {
     if (mask == 0xFFFF) return v;
     return {_mm256_and_ps(v.a, lane_mask(mask & 255u)), _mm256_and_ps(v.b, lane_mask(mask >> 8))};
 }
+inline V keep_positive(V v, uint16_t mask) { return keep_lanes(max_nan(zero(), v), mask); }  // relu; NaN stays
 inline V load_lanes(const float* p, uint16_t mask) {
     return {_mm256_maskload_ps(p, _mm256_castps_si256(lane_mask(mask & 255u))),
             _mm256_maskload_ps(p + 8, _mm256_castps_si256(lane_mask(mask >> 8)))};

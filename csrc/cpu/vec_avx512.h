@@ -20,6 +20,7 @@ inline V max_either(V a, V b) {  // NaN where either is
     return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
 }
 inline V keep_lanes(V v, uint16_t mask) { return _mm512_maskz_mov_ps(mask, v); }
+inline V keep_positive(V v, uint16_t mask) { return _mm512_maskz_max_ps(mask, zero(), v); }  // relu; NaN stays
 inline V load_lanes(const float* p, uint16_t mask) { return _mm512_maskz_loadu_ps(mask, p); }
 inline V gather(const float* base, const int32_t* index) {  // 0 where the index is negative
     __m512i i = _mm512_loadu_si512(index);

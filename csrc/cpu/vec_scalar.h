@@ -27,6 +27,7 @@ inline V max_nan(const V& limit, const V& x) { SPARSEPRUNE_LANES(x.f[i] < limit.
 inline V min_nan(const V& limit, const V& x) { SPARSEPRUNE_LANES(limit.f[i] < x.f[i] ? limit.f[i] : x.f[i]); }
 inline V max_either(const V& a, const V& b) { SPARSEPRUNE_LANES(a.f[i] > b.f[i] || a.f[i] != a.f[i] ? a.f[i] : b.f[i]); }
 inline V keep_lanes(const V& v, uint16_t mask) { SPARSEPRUNE_LANES((mask >> i) & 1 ? v.f[i] : 0.0f); }
+inline V keep_positive(V v, uint16_t mask) { return keep_lanes(max_nan(zero(), v), mask); }  // relu; NaN stays
 inline V load_lanes(const float* p, uint16_t mask) { SPARSEPRUNE_LANES((mask >> i) & 1 ? p[i] : 0.0f); }
 inline V gather(const float* base, const int32_t* index) { SPARSEPRUNE_LANES(index[i] < 0 ? 0.0f : base[index[i]]); }
 inline Shift make_shift(int dx) { return dx; }
