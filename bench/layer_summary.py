@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ceilings
+import numpy as np
 
 __all__ = ["DENSE", "add_percents", "break_even", "curve", "percentile", "plot", "summary"]
 
@@ -46,9 +47,9 @@ def curve(layer: Record, pattern: str) -> list[tuple[float, float]]:
 
 
 def break_even(points: Sequence[tuple[float, float]]) -> float | None:
-    """The sparsity from which on the speed-up stays at 1 or more, interpolated; None where it never does.
+    """The sparsity from which on the speed-up stays at 1 or more; None where it never does.
 
-    The first one measured where it always is.
+    The first one measured where it always is. Between two, time is taken to be linear in the sparsity.
     """
     if not points or points[-1][1] < 1:
         return None
@@ -56,7 +57,7 @@ def break_even(points: Sequence[tuple[float, float]]) -> float | None:
     if not below:
         return points[0][0]
     (x0, y0), (x1, y1) = points[below[-1]], points[below[-1] + 1]
-    return x0 + (x1 - x0) * (1 - y0) / (y1 - y0)
+    return x0 + (x1 - x0) * (1 / y0 - 1) / (1 / y0 - 1 / y1)
 
 
 def percentile(values: Sequence[float | None], share: float) -> float | None:
@@ -126,8 +127,9 @@ def _lines(pattern: str, figures: Record, here: list[tuple[Record, Record]], cou
     evens = list(figures["break_even"].values())
     if evens:
         last = figures["break_even_p90"]
-        lines.append(f"  break-even: nine of ten layers at {'none measured' if last is None else f'{last:.0%}'}, "
-                     f"{sum(e is None for e in evens)} of {len(evens)} never")  # fmt: skip
+        share = "at no sparsity measured" if last is None else f"up to {last:.0%} zeros"
+        never = sum(even is None for even in evens)
+        lines.append(f"  break-even of nine in ten layers: {share}; {never} of {len(evens)} never")
     if figures["slow"]:
         lines.append(f"  below {SLOW:.0f} useful GFLOP/s a core:")
         for layer, cell in sorted(here, key=lambda pair: float(pair[1]["gflops"])):
@@ -149,7 +151,12 @@ def plot(document: Record, path: Path) -> None:
     for panel, pattern in zip(panels[0], patterns, strict=True):
         for layer in document["layers"]:
             points, colour = curve(layer, pattern), f"C{groups.index(layer['group'])}"
-            panel.plot([_place(s) for s, _ in points], [r for _, r in points], colour, lw=0.6, alpha=0.5)
+            if not points:
+                continue
+            known, times = [s for s, _ in points], [1 / r for _, r in points]
+            between = np.union1d(known, np.linspace(known[0], known[-1], 200))
+            speed_ups = 1 / np.interp(between, known, times)
+            panel.plot([_place(s) for s in between], speed_ups, colour, lw=0.6, alpha=0.5)
             if (even := break_even(points)) is not None and len(points) > 1:
                 panel.plot(_place(even), 1 if even > points[0][0] else points[0][1], "o", color=colour, ms=3)
         for index, group in enumerate(groups):

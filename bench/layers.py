@@ -58,11 +58,14 @@ Sample = Callable[[], float]  # runs once; milliseconds
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = _options(arguments)
+    parser = _parser()
+    options = _options(parser, arguments)
     settings = {name: getattr(options, name) for name in
                 ("sparsity", "block_sparsity", "patterns", "batch", "threads", "rounds", "seconds")}  # fmt: skip
     layers = {layer: networks for layer, networks in table(options.batch).items()
               if options.shapes.search(f"{layer.name} ({layer.group}: {', '.join(networks)})")}  # fmt: skip
+    if not layers:
+        parser.error(f"--shapes finds none of {len(table(options.batch))} layers")
     print(f"{len(layers)} distinct layers of {len({n for networks in layers.values() for n in networks})} networks")
     document = _begin(options, settings)
     done = {layer["name"] for layer in document["layers"]}
@@ -84,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         layer_summary.plot(document, options.plot)
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=_regex, default=re.compile(""), help="regular expression: layers whose name, "
                         "group or network it finds")  # fmt: skip
@@ -100,6 +103,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="written after each layer")
     parser.add_argument("--resume", action="store_true", help="keep what --json holds, measure the layers it lacks")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="speed-up against sparsity (needs matplotlib)")
+    return parser
+
+
+def _options(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.block_sparsity = options.block_sparsity or options.sparsity or _shares(
         SPARSITIES if options.full else BLOCK_SPARSITIES
