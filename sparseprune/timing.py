@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Samples", "block", "machine", "settle", "take_turns", "thread_count"]
+__all__ = ["Samples", "block", "machine", "run_queue_waits", "settle", "take_turns", "thread_count"]
 
 
 @dataclass
@@ -25,10 +25,10 @@ class Samples:
 
     def add(self, call: Callable[[], Any], seconds: float) -> None:
         """Measure one block of about that many seconds."""
-        before, start = _run_queue_waits(), time.perf_counter()
+        before, start = run_queue_waits(), time.perf_counter()
         self.ms += block(call, seconds)
         self.wall_seconds += time.perf_counter() - start
-        after = _run_queue_waits()
+        after = run_queue_waits()
         self.wait_seconds += sum(max(0, ns - before.get(thread, 0)) for thread, ns in after.items()) / 1e9
 
 
@@ -46,7 +46,7 @@ def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int, seconds: f
     return samples
 
 
-def _run_queue_waits() -> dict[str, int]:
+def run_queue_waits() -> dict[str, int]:
     """For each thread of this process, the nanoseconds it was runnable but not running (Linux; else nothing)."""
     waits: dict[str, int] = {}
     try:
