@@ -26,6 +26,16 @@ struct PackedWeight {
     int64_t bytes() const;
 };
 
+// A linear layer's weight for single inputs: six bytes a kept weight where columns fit 16 bits.
+struct DotWeight {
+    std::vector<int64_t> start;   // rows + 1; empty where the weight is dense
+    std::vector<uint16_t> col16;  // one of the two, with sixteen columns more
+    std::vector<int32_t> col32;
+    std::vector<float> value;     // dense: rows x cols; empty where the weight has no zeros and lies as it should
+    int64_t bytes() const;
+};
+DotWeight pack_dot(const Weight& weight);
+
 // Where column k of a weight row finds its input: an offset, and a lane shift.
 struct Column {
     int32_t offset;

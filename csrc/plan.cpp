@@ -282,6 +282,24 @@ void PlanBuilder::add_multiply(const Node& node, const std::shared_ptr<const Con
     });
 }
 
+namespace {
+
+// Rows of about equal kept weight for each thread.
+std::vector<int64_t> dot_cuts(const DotWeight& weight, int64_t rows, int threads) {
+    std::vector<int64_t> cuts{0};
+    int64_t row = 0;
+    for (int t = 1; t < threads; ++t) {
+        if (weight.start.empty()) row = rows * t / threads;
+        else
+            while (row < rows && weight.start[static_cast<size_t>(row)] < weight.start.back() * t / threads) ++row;
+        cuts.push_back(row);
+    }
+    cuts.push_back(rows);
+    return cuts;
+}
+
+}  // namespace
+
 // One dot product for each image and output: the weight is read once for each image, the input stays in the cache.
 PlanBuilder::Value PlanBuilder::build_dot(const Node& node, const Weight& weight) {
     const Layout out = make_layout(LayoutKind::packed, shape_of(value_), 0);
@@ -289,46 +307,37 @@ PlanBuilder::Value PlanBuilder::build_dot(const Node& node, const Weight& weight
     if (x.layout.plane != 1) x = in_layout(x, input_shape(node, 0), make_layout(LayoutKind::packed, shape_of(node.inputs[0]), 0));
     const Value residual = node.inputs.size() > 1 ? in_layout(input(node, 1), shape(), out) : Value{out, {}};
     const Ref ref = new_buffer(out.size());
-    auto csr = std::make_shared<const Csr>(weight.sparse ? to_csr(*weight.sparse) : Csr{});
-    plan_.choices_[static_cast<size_t>(node_)] = Choice{Form::dot, weight.sparse ? WeightKind::single : WeightKind::dense, 1};
-    plan_.weight_bytes_ += static_cast<int64_t>(csr->value.size() * 8);
+    const auto packed = std::make_shared<const DotWeight>(pack_dot(weight));
+    const bool sparse = !packed->start.empty();
+    plan_.choices_[static_cast<size_t>(node_)] = Choice{Form::dot, sparse ? WeightKind::single : WeightKind::dense, 1};
+    plan_.weight_bytes_ += packed->bytes();
     const auto ptr = pointers();
-    const std::vector<int64_t> cuts = dot_cuts(weight, *csr);
-    add_step({x.ref, residual.ref, ref}, [=, act = node.act, k = &kernels(), w = &weight,
-                                          bias = node.bias ? node.bias->data() : nullptr](const Run& run, int id) {
+    const std::vector<int64_t> cuts = dot_cuts(*packed, weight.rows(), threads());
+    DotJob job{};
+    job.bias = node.bias ? node.bias->data() : nullptr;
+    job.act = node.act.fits_epilogue() ? node.act : Activation{};
+    job.value = weight.sparse ? packed->value.data() : weight.dense->data();
+    job.start = packed->start.data();
+    job.col16 = packed->col16.empty() ? nullptr : packed->col16.data();
+    job.col32 = packed->col32.empty() ? nullptr : packed->col32.data();
+    job.cols = weight.cols();
+    add_step({x.ref, residual.ref, ref}, [=, act = node.act, k = &kernels()](const Run& run, int id) {
+        DotJob own = job;
+        own.row_begin = cuts[static_cast<size_t>(id)];
+        own.row_end = cuts[static_cast<size_t>(id) + 1];
         const float* in = ptr.in(run, x.ref);
         const float* res = ptr.in(run, residual.ref);
         float* to = ptr.out(run, ref);
-        const int64_t begin = cuts[static_cast<size_t>(id)], end = cuts[static_cast<size_t>(id) + 1];
-        const Activation fused = act.fits_epilogue() ? act : Activation{};
-        for (int64_t n = 0; n < out.n; ++n) {
-            const float* r = res ? res + n * out.image : nullptr;
-            if (w->sparse) {
-                k->dot_sparse(csr->row_start.data(), csr->col.data(), csr->value.data(), in + n * x.layout.image, begin, end, bias,
-                              r, to + n * out.image, fused);
-            } else {
-                k->dot_dense(w->dense->data(), w->cols(), in + n * x.layout.image, begin, end, bias, r, to + n * out.image, fused);
-            }
-            if (!act.fits_epilogue()) k->act_row(to + n * out.image + begin, to + n * out.image + begin, end - begin, act);
+        for (int64_t n = 0; n < out.n; ++n, to += out.image) {
+            own.x = in + n * x.layout.image;
+            own.residual = res ? res + n * out.image : nullptr;
+            own.out = to;
+            (sparse ? k->dot_sparse : k->dot_dense)(own);
+            if (!act.fits_epilogue()) k->act_row(to + own.row_begin, to + own.row_begin, own.row_end - own.row_begin, act);
         }
+        (void)packed;  // lives as long as the step
     });
     return {out, ref};
-}
-
-std::vector<int64_t> PlanBuilder::dot_cuts(const Weight& weight, const Csr& csr) const {
-    std::vector<int64_t> cuts{0};
-    const int64_t rows = weight.rows();
-    int64_t row = 0;
-    for (int t = 1; t < threads(); ++t) {
-        if (weight.sparse) {
-            while (row < rows && csr.row_start[static_cast<size_t>(row)] < csr.row_start[static_cast<size_t>(rows)] * t / threads()) ++row;
-        } else {
-            row = rows * t / threads();
-        }
-        cuts.push_back(row);
-    }
-    cuts.push_back(rows);
-    return cuts;
 }
 
 Plan::Plan(std::shared_ptr<const Graph> graph, std::vector<Shape> inputs, const PlanOptions& options, const Choices& wanted)

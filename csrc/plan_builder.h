@@ -65,7 +65,6 @@ private:
     void add_multiply(const Node& node, const std::shared_ptr<const ConvPlan>& plan, size_t chunk, const Value& packed,
                       const Value& residual, Ref ref);
     Value build_dot(const Node& node, const Weight& weight);
-    std::vector<int64_t> dot_cuts(const Weight& weight, const Csr& csr) const;
 
     // plan_tensor.cpp
     void place_in_concats();

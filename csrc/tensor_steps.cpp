@@ -863,9 +863,12 @@ void matmul(const Kernels& k, const Strided& a, const float* pa, const Strided& 
         const int64_t cuts = divide_up(n, 16), units = batch * cuts;
         for (int64_t u = part.begin(units); u < part.end(units); ++u) {
             const int64_t index = u / cuts, first = u % cuts * 16, end = std::min(n, first + 16);
-            for (int64_t r = 0; r < m; ++r)
-                k.dot_dense(pb + offset_of(*right, index), depth, pa + offset_of(*left, index) + r * ma.row, first, end, nullptr, nullptr,
-                            out + offset_of(to, index) + r * mc.row, {});
+            for (int64_t r = 0; r < m; ++r) {
+                DotJob job{pa + offset_of(*left, index) + r * ma.row, out + offset_of(to, index) + r * mc.row, nullptr, nullptr, first, end};
+                job.value = pb + offset_of(*right, index);
+                job.cols = depth;
+                k.dot_dense(job);
+            }
         }
         return;
     }

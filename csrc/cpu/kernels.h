@@ -85,6 +85,20 @@ struct SpmmJob {
     int64_t dense_group_offset;    // floats between the inputs of two groups
 };
 
+// A linear layer for one input: out[row] = act(sum value * x[col] + bias + residual).
+struct DotJob {
+    const float* x;
+    float* out;
+    const float *bias, *residual;  // or null
+    int64_t row_begin, row_end;
+    Activation act;
+    const float* value;    // kept weights by row, or all of them
+    const int64_t* start;  // sparse: the first of each row, and the end
+    const uint16_t* col16; // one of the two is set; sixteen more columns follow the last
+    const int32_t* col32;
+    int64_t cols;          // dense
+};
+
 // im2col: panel[k][vector] from planes. index[tap][lane]: float offset in a channel's plane or -1 for zero.
 struct Im2colJob {
     const float* in;
@@ -157,11 +171,8 @@ struct Kernels {
     void (*single)(const SpmmJob&);        // any unroll; groups > 1: with lane shifts
     void (*masked)(const SpmmJob&);
     void (*dense)(const SpmmJob&);
-    // out[row] = act(sum value * x[col] + bias + residual): batch-1 linear, sparse and dense
-    void (*dot_sparse)(const int64_t* start, const int32_t* col, const float* value, const float* x, int64_t row_begin,
-                       int64_t row_end, const float* bias, const float* residual, float* out, Activation act);
-    void (*dot_dense)(const float* value, int64_t cols, const float* x, int64_t row_begin, int64_t row_end, const float* bias,
-                      const float* residual, float* out, Activation act);
+    void (*dot_sparse)(const DotJob&);
+    void (*dot_dense)(const DotJob&);
     void (*im2col)(const Im2colJob&);
     void (*copy_rows)(const RowCopy&);
     void (*split_rows)(const SplitRows&);

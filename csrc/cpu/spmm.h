@@ -336,37 +336,51 @@ inline float finish_scalar(float v, int64_t row, const float* bias, const float*
     return high < raised ? high : raised;
 }
 
-void dot_sparse(const int64_t* start, const int32_t* col, const float* value, const float* x, int64_t row_begin,
-                int64_t row_end, const float* bias, const float* residual, float* out, Activation act) {
-    for (int64_t row = row_begin; row < row_end; ++row) {
-        int64_t i = start[row];
-        const int64_t end = start[row + 1];
+template <class Column>
+void dot_rows(const DotJob& job, const Column* col) {
+    const float *value = job.value, *x = job.x;
+    for (int64_t row = job.row_begin; row < job.row_end; ++row) {
+        int64_t i = job.start[row];
+        const int64_t end = job.start[row + 1];
         V acc = zero(), acc2 = zero();
         for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
             acc = fma(loadu(value + i), gather(x, col + i), acc);
             acc2 = fma(loadu(value + i + kLanes), gather(x, col + i + kLanes), acc2);
         }
-        if (i + kLanes <= end) {
-            acc = fma(loadu(value + i), gather(x, col + i), acc);
-            i += kLanes;
+        for (; i < end; i += kLanes) {  // beyond the end are the next row's columns, or the padding
+            const uint16_t lanes = end - i >= kLanes ? 0xFFFF : static_cast<uint16_t>((1u << (end - i)) - 1u);
+            acc = fma(load_lanes(value + i, lanes), keep_lanes(gather(x, col + i), lanes), acc);
         }
-        float sum = sum_lanes(add(acc, acc2));
-        for (; i < end; ++i) sum += value[i] * x[col[i]];
-        out[row] = finish_scalar(sum, row, bias, residual, act);
+        job.out[row] = finish_scalar(sum_lanes(add(acc, acc2)), row, job.bias, job.residual, job.act);
     }
 }
 
-void dot_dense(const float* value, int64_t cols, const float* x, int64_t row_begin, int64_t row_end, const float* bias,
-               const float* residual, float* out, Activation act) {
-    for (int64_t row = row_begin; row < row_end; ++row) {
-        const float* w = value + row * cols;
-        V acc[4] = {zero(), zero(), zero(), zero()};
-        int64_t i = 0;
-        for (; i + 4 * kLanes <= cols; i += 4 * kLanes)
-            for (int u = 0; u < 4; ++u) acc[u] = fma(loadu(w + i + u * kLanes), loadu(x + i + u * kLanes), acc[u]);
-        for (; i + kLanes <= cols; i += kLanes) acc[0] = fma(loadu(w + i), loadu(x + i), acc[0]);
-        float sum = sum_lanes(add(add(acc[0], acc[1]), add(acc[2], acc[3])));
-        for (; i < cols; ++i) sum += w[i] * x[i];
-        out[row] = finish_scalar(sum, row, bias, residual, act);
+void dot_sparse(const DotJob& job) {
+    if (job.col16) dot_rows(job, job.col16);
+    else dot_rows(job, job.col32);
+}
+
+// R rows at once: as many streams from memory, and the input is loaded once.
+template <int R>
+inline void dot_block(const DotJob& job, int64_t row) {
+    const float *w = job.value + row * job.cols, *x = job.x;
+    V acc[R][2];
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= job.cols; i += 2 * kLanes)
+        for (int u = 0; u < 2; ++u) {
+            const V in = loadu(x + i + u * kLanes);
+            for (int r = 0; r < R; ++r) acc[r][u] = fma(loadu(w + r * job.cols + i + u * kLanes), in, acc[r][u]);
+        }
+    for (int r = 0; r < R; ++r) {
+        float sum = sum_lanes(add(acc[r][0], acc[r][1]));
+        for (int64_t c = i; c < job.cols; ++c) sum += w[r * job.cols + c] * x[c];
+        job.out[row + r] = finish_scalar(sum, row + r, job.bias, job.residual, job.act);
     }
+}
+
+void dot_dense(const DotJob& job) {
+    int64_t row = job.row_begin;
+    for (; row + 4 <= job.row_end; row += 4) dot_block<4>(job, row);
+    for (; row < job.row_end; ++row) dot_block<1>(job, row);
 }

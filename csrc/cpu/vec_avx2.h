@@ -42,6 +42,10 @@ inline __m256 gather8(const float* base, const int32_t* index) {
     return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), base, i, inside, 4);
 }
 inline V gather(const float* base, const int32_t* index) { return {gather8(base, index), gather8(base, index + 8)}; }
+inline __m256 gather8(const float* base, const uint16_t* index) {
+    return _mm256_i32gather_ps(base, _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index))), 4);
+}
+inline V gather(const float* base, const uint16_t* index) { return {gather8(base, index), gather8(base, index + 8)}; }
 inline Shift make_shift(int dx) { return dx; }
 inline V shift_lanes(V v, V neighbour, Shift, int dx) {
     alignas(32) float row[48];

@@ -27,6 +27,9 @@ inline V gather(const float* base, const int32_t* index) {  // 0 where the index
     __mmask16 inside = _mm512_cmpge_epi32_mask(i, _mm512_setzero_si512());
     return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, i, base, 4);
 }
+inline V gather(const float* base, const uint16_t* index) {
+    return _mm512_i32gather_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index))), base, 4);
+}
 inline Shift make_shift(int dx) {
     __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_and_si512(_mm512_add_epi32(lane, _mm512_set1_epi32(dx)), _mm512_set1_epi32(31));

@@ -30,6 +30,7 @@ inline V keep_lanes(const V& v, uint16_t mask) { SPARSEPRUNE_LANES((mask >> i) &
 inline V keep_positive(V v, uint16_t mask) { return keep_lanes(max_nan(zero(), v), mask); }  // relu; NaN stays
 inline V load_lanes(const float* p, uint16_t mask) { SPARSEPRUNE_LANES((mask >> i) & 1 ? p[i] : 0.0f); }
 inline V gather(const float* base, const int32_t* index) { SPARSEPRUNE_LANES(index[i] < 0 ? 0.0f : base[index[i]]); }
+inline V gather(const float* base, const uint16_t* index) { SPARSEPRUNE_LANES(base[index[i]]); }
 inline Shift make_shift(int dx) { return dx; }
 inline V shift_lanes(const V& v, const V& n, Shift, int dx) {
     SPARSEPRUNE_LANES(i + dx < 0 ? n.f[i + dx + 16] : i + dx > 15 ? n.f[i + dx - 16] : v.f[i + dx]);
