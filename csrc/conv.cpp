@@ -219,41 +219,58 @@ int64_t source(const ConvShape& s, const Tap& tap, int64_t n, int64_t y, int64_t
     return iy < 0 || iy >= s.in.h || ix < 0 || ix >= s.in.w ? -1 : s.in.at(n, 0, iy) + ix;
 }
 
-// Fills one vector's lanes for every output vector: flat runs over all images, rows restart at each row.
-template <class Lane>
-void for_each_lane(const Layout& out, const Lane& lane) {
-    if (out.kind == LayoutKind::flat) {
-        for (int64_t p = 0; p < out.n * out.h * out.w; ++p) lane(p / 16, p % 16, p / (out.h * out.w), p / out.w % out.h, p % out.w);
-        return;
+// Sixteen floats of a panel's column of `size`, from float `at` on: of the first `count` the sources, -1 for zero; zeros follow,
+// which the next pieces may overwrite. They are read from as few places as there are.
+void add_pieces(std::vector<Piece>& pieces, const int32_t* source, int64_t count, int64_t at, int64_t size) {
+    const int64_t skip = std::max<int64_t>(0, -at);
+    uint16_t write = 0, left = 0;
+    for (int64_t l = skip; l < std::min<int64_t>(16, size - at); ++l) {
+        write = static_cast<uint16_t>(write | 1u << (l - skip));
+        if (l < count && source[l] >= 0) left = static_cast<uint16_t>(left | 1u << (l - skip));
     }
-    for (int64_t n = 0; n < out.n; ++n)
-        for (int64_t y = 0; y < out.h; ++y)
-            for (int64_t x = 0; x < out.w; ++x)
-                lane((n * out.h + y) * out.row_vectors() + x / 16, x % 16, n, y, x);
+    while (write) {
+        Piece piece{left ? INT32_MAX : 0, narrow_offset(at + skip), 0, 0, write, {}};
+        for (int l = 0; l < 16; ++l)
+            if (left >> l & 1) piece.start = std::min(piece.start, source[l + skip]);
+        for (int l = 0; l < 16; ++l) {
+            if (!(left >> l & 1) || source[l + skip] - piece.start >= 16) continue;
+            piece.lane[l] = source[l + skip] - piece.start;
+            piece.keep = static_cast<uint16_t>(piece.keep | 1u << l);
+            piece.read = static_cast<uint16_t>(piece.read | 1u << piece.lane[l]);
+        }
+        left = static_cast<uint16_t>(left & ~piece.keep);
+        pieces.push_back(piece);
+        write = left;  // what is still missing
+    }
 }
 
-void make_index(ConvPlan& p) {
-    const ConvShape& s = p.shape;
-    const int64_t taps = static_cast<int64_t>(s.taps.size());
-    p.index.assign(static_cast<size_t>(taps * p.vectors * 16), -1);
-    for (int64_t t = 0; t < taps; ++t) {
-        for_each_lane(s.out, [&](int64_t v, int64_t lane, int64_t n, int64_t y, int64_t x) {
-            p.index[static_cast<size_t>((t * p.vectors + v) * 16 + lane)] = narrow_offset(source(s, s.taps[static_cast<size_t>(t)], n, y, x));
-        });
-    }
-    for (int64_t i = 0; i < taps * p.vectors; ++i) {
-        const int32_t* lane = p.index.data() + i * 16;
-        int32_t start = INT32_MIN;
-        uint16_t mask = 0;
-        bool contiguous = true;
-        for (int l = 0; l < 16; ++l) {
-            if (lane[l] < 0) continue;
-            if (mask && lane[l] != start + l) contiguous = false;
-            start = lane[l] - l;
-            mask = static_cast<uint16_t>(mask | 1u << l);
+// The pieces of vectors [first, end) for one tap: vector by vector, or row by row where rows are short; what takes fewer.
+std::vector<Piece> make_pieces(const ConvShape& s, const Tap& tap, int64_t first, int64_t end) {
+    const Layout& out = s.out;
+    const bool flat = out.kind == LayoutKind::flat;
+    const int64_t length = flat ? out.w : out.row_vectors() * 16, size = (end - first) * 16, rows = out.n * out.h;
+    const auto from = [&](int64_t at, int64_t count) {  // sources of a run of the column of all vectors
+        std::array<int32_t, 16> sources;
+        for (int64_t l = 0; l < 16; ++l) {
+            const int64_t row = (at + l) / length, x = (at + l) % length;
+            sources[static_cast<size_t>(l)] =
+                l < count && row < rows && x < out.w ? narrow_offset(source(s, tap, row / out.h, row % out.h, x)) : -1;
         }
-        p.index_start.push_back(!contiguous ? INT32_MIN : mask ? start : 0);
-        p.index_masks.push_back(mask);
+        return sources;
+    };
+    std::vector<Piece> by_vector, by_row;
+    for (int64_t v = first; v < end; ++v) add_pieces(by_vector, from(v * 16, 16).data(), 16, (v - first) * 16, size);
+    if (!flat || out.w > 16) return by_vector;
+    for (int64_t row = first * 16 / out.w; row < rows && row * out.w < end * 16; ++row)
+        add_pieces(by_row, from(row * out.w, out.w).data(), out.w, row * out.w - first * 16, size);
+    return by_row.size() < by_vector.size() ? by_row : by_vector;
+}
+
+void add_chunk_pieces(ConvPlan& p, int64_t first, int64_t end) {
+    for (const Tap& tap : p.shape.taps) {
+        p.first_piece.push_back(narrow_offset(static_cast<int64_t>(p.pieces.size())));
+        const std::vector<Piece> pieces = make_pieces(p.shape, tap, first, end);
+        p.pieces.insert(p.pieces.end(), pieces.begin(), pieces.end());
     }
 }
 
@@ -262,17 +279,15 @@ std::vector<Column> plan_panel(ConvPlan& p) {
     const Layout& out = s.out;
     make_masks(p);
     const int64_t per_image = static_cast<int64_t>(p.masks.size());
-    p.vectors = out.kind == LayoutKind::flat ? per_image : out.n * per_image;
+    const int64_t vectors = out.kind == LayoutKind::flat ? per_image : out.n * per_image;
     const int64_t cols = s.groups * s.columns();
     const int64_t fit = std::max<int64_t>(1, kPanelBytes / 64 / cols);
-    const int64_t chunk = std::min(p.vectors, std::max<int64_t>(fit / p.choice.vectors, 1) * p.choice.vectors);
+    const int64_t chunk = std::min(vectors, std::max<int64_t>(fit / p.choice.vectors, 1) * p.choice.vectors);
     p.panel_plane = odd_lines(chunk * 16);
     p.packed_floats = cols * p.panel_plane;
-    make_index(p);
     p.chunk_tiles = {0};
-    for (int64_t first = 0; first < p.vectors; first += chunk) {
-        p.chunk_vectors.push_back(first);
-        const int64_t end = std::min(first + chunk, p.vectors);
+    for (int64_t first = 0; first < vectors; first += chunk) {
+        const int64_t end = std::min(first + chunk, vectors);
         for (int64_t v = first; v < end;) {  // a run ends with the image in rows layout, where zero rows follow
             const int64_t n = out.kind == LayoutKind::flat ? 0 : v / per_image, in_image = v - n * per_image;
             const int64_t stop = std::min(end, (n + 1) * per_image);
@@ -280,8 +295,9 @@ std::vector<Column> plan_panel(ConvPlan& p) {
             v = stop;
         }
         p.chunk_tiles.push_back(p.tiles.size());
+        add_chunk_pieces(p, first, end);
     }
-    p.chunk_vectors.push_back(p.vectors);
+    p.first_piece.push_back(narrow_offset(static_cast<int64_t>(p.pieces.size())));
     const int64_t taps = static_cast<int64_t>(s.taps.size());
     return make_columns(s, [&](int64_t c, const Tap&, int64_t t) { return Column{narrow_offset((c * taps + t) * p.panel_plane), 0}; });
 }

@@ -50,11 +50,10 @@ struct ConvPlan {
     std::vector<uint16_t> masks;
     std::vector<uint16_t> edges;     // by vector of a tile: 0 where a row of pixels starts, else all ones
     std::vector<size_t> chunk_tiles; // first tile of each chunk of the panel, and the end; {0, all} otherwise
-    std::vector<int64_t> chunk_vectors;  // first vector of each chunk
-    std::vector<int32_t> index, index_start;  // im2col of all vectors, tap-major
-    std::vector<uint16_t> index_masks;
+    std::vector<Piece> pieces;           // im2col, by (chunk, tap)
+    std::vector<int32_t> first_piece;
     std::vector<uint16_t> tap_masks;  // form taps: by (group, vector)
-    int64_t panel_plane = 0, vectors = 0;
+    int64_t panel_plane = 0;
     int64_t residual_plane = 0;  // floats between two planes of the value that is added
     int unroll = 1;
 };

@@ -156,8 +156,16 @@ void adaptive_pool_value(const Kernels& k, const Node& node, const Layout& from,
     const int64_t begin = part.begin(to.c), end = part.end(to.c);
     const auto first = [](int64_t i, int64_t size, int64_t parts) { return i * size / parts; };
     const auto last = [](int64_t i, int64_t size, int64_t parts) { return ((i + 1) * size + parts - 1) / parts; };
+    const bool whole = node.op == Op::adaptive_avg_pool && to.h * to.w == 1;  // the lanes between rows are zero
     for (int64_t c = begin; c < end; ++c)
-        for (int64_t n = 0; n < to.n; ++n)
+        for (int64_t n = 0; n < to.n; ++n) {
+            if (whole) {
+                const double sum = k.sum_row(in + from.at(n, c, 0), (from.h - 1) * from.pitch + from.w);
+                float* out_row = out + to.at(n, c, 0);
+                *out_row = static_cast<float>(sum / static_cast<double>(from.h * from.w));
+                finish_row(to, out_row);
+                continue;
+            }
             for (int64_t y = 0; y < to.h; ++y) {
                 float* row = out + to.at(n, c, y);
                 for (int64_t x = 0; x < to.w; ++x)
@@ -165,6 +173,7 @@ void adaptive_pool_value(const Kernels& k, const Node& node, const Layout& from,
                                            last(y, from.h, to.h), first(x, from.w, to.w), last(x, from.w, to.w));
                 finish_row(to, row);
             }
+        }
     zero_margins(to, out, begin, end);
 }
 
@@ -257,11 +266,9 @@ void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, float*
 }
 
 void fill_panel(const Kernels& k, const ConvPlan& plan, size_t chunk, const float* in, float* out, Part part) {
-    const int64_t first = plan.chunk_vectors[chunk], end = plan.chunk_vectors[chunk + 1];
-    const int64_t taps = static_cast<int64_t>(plan.shape.taps.size());
-    Im2colJob job{in,  plan.shape.in.plane, out, plan.panel_plane, taps, end - first, plan.vectors, plan.index.data() + first * 16,
-                  plan.index_start.data() + first, plan.index_masks.data() + first, part.begin(plan.shape.in.c),
-                  part.end(plan.shape.in.c)};
+    const size_t taps = plan.shape.taps.size();
+    const Im2colJob job{in, plan.shape.in.plane, out, plan.panel_plane, static_cast<int64_t>(taps), plan.pieces.data(),
+                        plan.first_piece.data() + chunk * taps, part.begin(plan.shape.in.c), part.end(plan.shape.in.c)};
     k.im2col(job);
 }
 

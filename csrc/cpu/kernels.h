@@ -99,16 +99,24 @@ struct DotJob {
     int64_t cols;          // dense
 };
 
-// im2col: panel[k][vector] from planes. index[tap][lane]: float offset in a channel's plane or -1 for zero.
+// Sixteen floats of a panel's column, some of which come from floats of a plane that lie together.
+struct Piece {
+    int32_t start;        // of the sixteen that are read, from the plane's first float
+    int32_t at;           // of the sixteen that are written, from the column's first float
+    uint16_t read, keep;  // which are read; which are not zero
+    uint16_t write;       // which are written; a later piece may write some of them again
+    int32_t lane[16];     // by written float: which of the read ones
+};
+
+// im2col: panel[k] from planes
 struct Im2colJob {
     const float* in;
     int64_t in_plane;
     float* panel;
-    int64_t panel_plane;      // floats between two columns of the panel
-    int64_t taps, vectors, tap_vectors;  // tap_vectors: vectors of a tap in the tables below
-    const int32_t* index;     // 16 a vector
-    const int32_t* start;     // offset of lane 0 where the lanes are contiguous, INT32_MIN where they are not
-    const uint16_t* masks;    // lanes inside the image
+    int64_t panel_plane;         // floats between two columns of the panel
+    int64_t taps;
+    const Piece* pieces;
+    const int32_t* first_piece;  // by tap; and the end
     int64_t channel_begin, channel_end;
 };
 

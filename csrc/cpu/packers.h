@@ -6,11 +6,11 @@ void im2col(const Im2colJob& job) {
         const float* plane = job.in + c * job.in_plane;
         for (int64_t tap = 0; tap < job.taps; ++tap) {
             float* out = job.panel + (c * job.taps + tap) * job.panel_plane;
-            for (int64_t v = 0; v < job.vectors; ++v, out += kLanes) {
-                const int64_t i = tap * job.tap_vectors + v;
-                const V x = job.start[i] != INT32_MIN ? load_lanes(plane + job.start[i], job.masks[i])
-                                                      : gather(plane, job.index + i * kLanes);
-                storeu(out, x);
+            const Piece* end = job.pieces + job.first_piece[tap + 1];
+            for (const Piece* p = job.pieces + job.first_piece[tap]; p < end; ++p) {
+                const V x = take_lanes(load_lanes(plane + p->start, p->read), p->lane, p->keep);
+                if (p->write == 0xFFFF) storeu(out + p->at, x);
+                else store_lanes(out + p->at, x, p->write);
             }
         }
     }

@@ -46,6 +46,14 @@ inline __m256 gather8(const float* base, const uint16_t* index) {
     return _mm256_i32gather_ps(base, _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index))), 4);
 }
 inline V gather(const float* base, const uint16_t* index) { return {gather8(base, index), gather8(base, index + 8)}; }
+inline __m256 take8(V v, const int32_t* lane, unsigned keep) {
+    const __m256i i = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane));
+    const __m256 high = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));  // the sign is set for lanes 8 to 15
+    const __m256 x = _mm256_blendv_ps(_mm256_permutevar8x32_ps(v.a, i), _mm256_permutevar8x32_ps(v.b, i), high);
+    return _mm256_and_ps(x, lane_mask(keep));
+}
+// v[lane[i]] in the lanes of keep, else 0
+inline V take_lanes(V v, const int32_t* lane, uint16_t keep) { return {take8(v, lane, keep & 255u), take8(v, lane + 8, keep >> 8)}; }
 inline Shift make_shift(int dx) { return dx; }
 inline V shift_lanes(V v, V neighbour, Shift, int dx) {
     alignas(32) float row[48];

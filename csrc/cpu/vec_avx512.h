@@ -30,6 +30,8 @@ inline V gather(const float* base, const int32_t* index) {  // 0 where the index
 inline V gather(const float* base, const uint16_t* index) {
     return _mm512_i32gather_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index))), base, 4);
 }
+// v[lane[i]] in the lanes of keep, else 0
+inline V take_lanes(V v, const int32_t* lane, uint16_t keep) { return _mm512_maskz_permutexvar_ps(keep, _mm512_loadu_si512(lane), v); }
 inline Shift make_shift(int dx) {
     __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_and_si512(_mm512_add_epi32(lane, _mm512_set1_epi32(dx)), _mm512_set1_epi32(31));

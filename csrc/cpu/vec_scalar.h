@@ -31,6 +31,8 @@ inline V keep_positive(V v, uint16_t mask) { return keep_lanes(max_nan(zero(), v
 inline V load_lanes(const float* p, uint16_t mask) { SPARSEPRUNE_LANES((mask >> i) & 1 ? p[i] : 0.0f); }
 inline V gather(const float* base, const int32_t* index) { SPARSEPRUNE_LANES(index[i] < 0 ? 0.0f : base[index[i]]); }
 inline V gather(const float* base, const uint16_t* index) { SPARSEPRUNE_LANES(base[index[i]]); }
+// v[lane[i]] in the lanes of keep, else 0
+inline V take_lanes(const V& v, const int32_t* lane, uint16_t keep) { SPARSEPRUNE_LANES((keep >> i) & 1 ? v.f[lane[i]] : 0.0f); }
 inline Shift make_shift(int dx) { return dx; }
 inline V shift_lanes(const V& v, const V& n, Shift, int dx) {
     SPARSEPRUNE_LANES(i + dx < 0 ? n.f[i + dx + 16] : i + dx > 15 ? n.f[i + dx - 16] : v.f[i + dx]);
