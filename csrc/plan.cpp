@@ -210,13 +210,9 @@ PlanBuilder::Value PlanBuilder::build_conv(const Node& node) {
     const Ref ref = output_buffer(out);
     if (plan->choice.form == Form::phases || plan->choice.form == Form::halo) x = add_copy(plan, x);
     if (plan->choice.form == Form::panel) {
-        const Ref panel = new_buffer(plan->packed_floats);
-        for (size_t chunk = 0; chunk + 1 < plan->chunk_tiles.size(); ++chunk) {
-            add_panel(plan, chunk, x, panel);
-            add_multiply(node, plan, chunk, {x.layout, panel}, residual, ref);
-        }
+        add_panels(node, plan, x, residual, ref);
     } else {
-        add_multiply(node, plan, 0, x, residual, ref);
+        add_multiply(node, plan, share_work(*plan, 0, threads()), x, residual, ref, true);
     }
     return {out, ref};
 }
@@ -259,19 +255,55 @@ PlanBuilder::Value PlanBuilder::add_copy(const std::shared_ptr<const ConvPlan>& 
     return {x.layout, ref};
 }
 
+// Where threads share rows of the weight, few of them make a panel each: its lines need not travel between cores.
+void PlanBuilder::add_panels(const Node& node, const std::shared_ptr<const ConvPlan>& plan, const Value& x, const Value& residual, Ref ref) {
+    constexpr int kFewThreads = 4;
+    std::vector<Ref> panels;
+    for (size_t chunk = 0; chunk + 1 < plan->chunk_tiles.size(); ++chunk) {
+        const std::vector<Share> shares = share_work(*plan, chunk, threads());
+        const auto tiles = static_cast<int64_t>(plan->chunk_tiles[chunk + 1] - plan->chunk_tiles[chunk]);
+        const bool own = threads() > 1 && threads() <= kFewThreads && shares[0].tile_count == tiles;
+        if (panels.empty() || own != (panels.size() > 1))
+            panels = own ? own_buffers(plan->packed_floats) : std::vector<Ref>{new_buffer(plan->packed_floats)};
+        if (!own) add_panel(plan, chunk, x, panels[0]);
+        if (!own) add_multiply(node, plan, shares, {x.layout, panels[0]}, residual, ref, chunk == 0);
+        else add_own_panels(node, plan, chunk, shares, panels, x, residual, ref);
+    }
+}
+
 void PlanBuilder::add_panel(const std::shared_ptr<const ConvPlan>& plan, size_t chunk, const Value& x, Ref panel) {
     const auto ptr = pointers();
     add_step({x.ref, panel}, [ptr, plan, chunk, x, panel, k = &kernels(), count = threads()](const Run& run, int id) {
-        fill_panel(*k, *plan, chunk, ptr.in(run, x.ref), ptr.out(run, panel), {id, count});
+        const Part part{id, count};
+        const int64_t channels = plan->shape.in.c;
+        fill_panel(*k, *plan, chunk, ptr.in(run, x.ref), ptr.out(run, panel), part.begin(channels), part.end(channels));
     });
 }
 
-void PlanBuilder::add_multiply(const Node& node, const std::shared_ptr<const ConvPlan>& plan, size_t chunk, const Value& packed,
-                  const Value& residual, Ref ref) {
+void PlanBuilder::add_own_panels(const Node& node, const std::shared_ptr<const ConvPlan>& plan, size_t chunk, const std::vector<Share>& shares,
+                                 const std::vector<Ref>& panels, const Value& x, const Value& residual, Ref ref) {
     const auto ptr = pointers();
-    const std::vector<Share> shares = share_work(*plan, chunk, threads());
     const float* bias = node.bias ? node.bias->data() : nullptr;
-    const bool first = chunk == 0;
+    std::vector<Ref> used{x.ref, residual.ref, ref};
+    used.insert(used.end(), panels.begin(), panels.end());
+    add_step(used, [=, act = node.act, k = &kernels(), count = threads()](const Run& run, int id) {
+        const Share& share = shares[static_cast<size_t>(id)];
+        const ConvShape& s = plan->shape;
+        const Part part{id, count};
+        float* out = ptr.out(run, ref);
+        float* panel = ptr.out(run, panels[static_cast<size_t>(id)]);
+        if (chunk == 0) zero_margins(s.out, out, part.begin(s.out.c), part.end(s.out.c));
+        if (share.row_begin == share.row_end) return;
+        const int64_t rows = s.out.c / s.groups, first = share.row_begin / rows, last = (share.row_end - 1) / rows;  // groups
+        fill_panel(*k, *plan, chunk, ptr.in(run, x.ref), panel, first * s.channels_per_group, (last + 1) * s.channels_per_group);
+        multiply_and_activate(*k, *plan, share, panel, bias, ptr.in(run, residual.ref), out, act);
+    });
+}
+
+void PlanBuilder::add_multiply(const Node& node, const std::shared_ptr<const ConvPlan>& plan, const std::vector<Share>& shares,
+                               const Value& packed, const Value& residual, Ref ref, bool first) {
+    const auto ptr = pointers();
+    const float* bias = node.bias ? node.bias->data() : nullptr;
     add_step({packed.ref, residual.ref, ref}, [=, act = node.act, k = &kernels(), count = threads()](
                                                   const Run& run, int id) {
         float* out = ptr.out(run, ref);

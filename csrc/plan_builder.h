@@ -61,9 +61,12 @@ private:
     bool may_take(const ConvShape& shape, const Choice& wanted) const;
     Choice fitting(const ConvShape& shape, Choice wanted);
     Value add_copy(const std::shared_ptr<const ConvPlan>& plan, const Value& x);
+    void add_panels(const Node& node, const std::shared_ptr<const ConvPlan>& plan, const Value& x, const Value& residual, Ref ref);
     void add_panel(const std::shared_ptr<const ConvPlan>& plan, size_t chunk, const Value& x, Ref panel);
-    void add_multiply(const Node& node, const std::shared_ptr<const ConvPlan>& plan, size_t chunk, const Value& packed,
-                      const Value& residual, Ref ref);
+    void add_own_panels(const Node& node, const std::shared_ptr<const ConvPlan>& plan, size_t chunk, const std::vector<Share>& shares,
+                        const std::vector<Ref>& panels, const Value& x, const Value& residual, Ref ref);
+    void add_multiply(const Node& node, const std::shared_ptr<const ConvPlan>& plan, const std::vector<Share>& shares, const Value& packed,
+                      const Value& residual, Ref ref, bool first);
     Value build_dot(const Node& node, const Weight& weight);
 
     // plan_tensor.cpp

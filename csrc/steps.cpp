@@ -265,10 +265,11 @@ void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, float*
                     end - begin);
 }
 
-void fill_panel(const Kernels& k, const ConvPlan& plan, size_t chunk, const float* in, float* out, Part part) {
+void fill_panel(const Kernels& k, const ConvPlan& plan, size_t chunk, const float* in, float* out, int64_t channel_begin,
+                int64_t channel_end) {
     const size_t taps = plan.shape.taps.size();
     const Im2colJob job{in, plan.shape.in.plane, out, plan.panel_plane, static_cast<int64_t>(taps), plan.pieces.data(),
-                        plan.first_piece.data() + chunk * taps, part.begin(plan.shape.in.c), part.end(plan.shape.in.c)};
+                        plan.first_piece.data() + chunk * taps, channel_begin, channel_end};
     k.im2col(job);
 }
 

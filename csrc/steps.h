@@ -37,7 +37,7 @@ void pixel_shuffle_value(const Layout& from, const float* in, const std::array<i
 void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, float* out, Part part);
 // `count` rows from `first` of all phases of one image; in: the first channel's first row.
 void copy_phases(const Kernels& k, const ConvPlan& plan, const float* in, int64_t first, int64_t count, float* out, int64_t channels);
-void fill_panel(const Kernels& k, const ConvPlan& plan, size_t chunk, const float* in, float* out, Part part);
+void fill_panel(const Kernels& k, const ConvPlan& plan, size_t chunk, const float* in, float* out, int64_t channel_begin, int64_t channel_end);
 
 // Which tiles and rows a thread computes, for each (chunk, thread).
 struct Share {
