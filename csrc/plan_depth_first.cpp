@@ -198,6 +198,12 @@ int64_t copy_row(const ConvShape& s, const Choice& choice) {
     return static_cast<int64_t>(phases.size()) * pitch;
 }
 
+// Convolutions with many groups are copied and multiplied some groups at a time: the copy stays in the first-level cache.
+int64_t copied_groups(const ConvShape& s, int64_t plane, WeightKind kind) {
+    constexpr int64_t kFloats = 6144;  // half a first-level cache
+    return kind != WeightKind::single ? s.groups : std::clamp<int64_t>(kFloats / (plane * s.channels_per_group), 1, s.groups);
+}
+
 int64_t kept_weights(const Weight& w) { return w.sparse ? w.sparse->kept() : w.rows() * w.cols(); }
 
 }  // namespace
@@ -308,9 +314,10 @@ bool PlanBuilder::cost_of(const std::vector<BandNode>& nodes, Group& g) const {
             weights += kept * 6;
             row_seconds += static_cast<double>(kept * b.out.w) / kMultiplyRate;
             if (b.choice.form != Form::direct) {
-                const int64_t row = b.shape.in.c * copy_row(b.shape, b.choice) * 4, span = b.shape.max_qy - b.shape.min_qy;
-                scratch = std::max(scratch, row * (g.schedule.most[i] + span));
-                moved += 3.0 * static_cast<double>(row) * (rows + static_cast<double>(span * calls) / static_cast<double>(g.layers.size()));
+                const int64_t span = b.shape.max_qy - b.shape.min_qy, plane = copy_row(b.shape, b.choice) * (g.schedule.most[i] + span);
+                const int64_t at_once = copied_groups(b.shape, plane, b.choice.kind), row = b.shape.in.c * copy_row(b.shape, b.choice) * 4;
+                scratch = std::max(scratch, at_once * b.shape.channels_per_group * plane * 4);
+                moved += (at_once < b.shape.groups ? 1.0 : 3.0) * static_cast<double>(row) * (rows + static_cast<double>(span * calls) / static_cast<double>(g.layers.size()));
             }
         }
         ideal += row_seconds * height / threads();
@@ -405,13 +412,21 @@ void move_windows(const BandGroup& g, const Pointers& ptr, const Run& run, int i
 
 void run_conv(const Kernels& k, const BandStep& step, Range rows, const float* x, const float* residual, float* out, float* scratch) {
     const ConvPlan& plan = *step.conv;
-    if (plan.choice.form != Form::direct) {
-        copy_phases(k, plan, x, rows.begin, rows.size() + plan.shape.max_qy - plan.shape.min_qy, scratch, plan.shape.in.c);
-        x = scratch - rows.begin * plan.copy.pitch;
-    }
+    const ConvShape& s = plan.shape;
     const std::vector<Tile>& tiles = step.tiles.at({rows.begin, rows.end});
-    const Share share{tiles.data(), static_cast<int64_t>(tiles.size()), 0, plan.weight.cuts.back()};
-    multiply_and_activate(k, plan, share, x, step.node->bias ? step.node->bias->data() : nullptr, residual, out, step.node->act);
+    const float* bias = step.node->bias ? step.node->bias->data() : nullptr;
+    Share share{tiles.data(), static_cast<int64_t>(tiles.size()), 0, plan.weight.cuts.back()};
+    if (plan.choice.form == Form::direct) return multiply_and_activate(k, plan, share, x, bias, residual, out, step.node->act);
+    const int64_t at_once = copied_groups(s, plan.copy.plane, plan.choice.kind);
+    for (int64_t group = 0; group < s.groups; group += at_once) {
+        const int64_t end = std::min(s.groups, group + at_once), channel = group * s.channels_per_group;
+        copy_phases(k, plan, x + channel * s.in.plane, rows.begin, rows.size() + s.max_qy - s.min_qy, scratch,
+                    end * s.channels_per_group - channel);
+        share.row_begin = group * (s.out.c / s.groups);
+        share.row_end = end * (s.out.c / s.groups);
+        multiply_and_activate(k, plan, share, scratch - channel * plan.copy.plane - rows.begin * plan.copy.pitch, bias, residual, out,
+                              step.node->act);
+    }
 }
 
 void run_step(const Kernels& k, const BandStep& step, Range rows, const float* x, const float* second, float* out, float* scratch) {
@@ -527,7 +542,8 @@ void PlanBuilder::build_group(const std::vector<BandNode>& nodes, const Group& g
                     auto& tiles = step.tiles[{rows.begin, rows.end}];
                     if (tiles.empty()) tiles = row_tiles(plan, rows.begin, rows.end);
                 }
-            scratch = std::max(scratch, plan.packed_floats);
+            if (b.choice.form != Form::direct)
+                scratch = std::max(scratch, copied_groups(s, plan.copy.plane, b.choice.kind) * s.channels_per_group * plan.copy.plane + 64);
             plan_.weight_bytes_ += plan.weight.bytes();
             step.conv = std::make_shared<const ConvPlan>(std::move(plan));
         }
