@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <climits>
 #include <map>
+#include <set>
 
 #include "errors.h"
 
@@ -385,6 +386,22 @@ std::vector<Choice> conv_choices(const ConvShape& s, double density, const Kerne
     return out;
 }
 
+namespace {
+
+// Few vectors: more accumulators each, or the additions would wait for one another. Where a row has few weights of one shift, filling
+// them up to a multiple would cost more. Settled by shape and weight, for it settles the order of additions.
+int unroll_of(const ConvPlan& p, const Weight& weight, const std::vector<Column>& columns) {
+    std::set<int32_t> shifts;
+    for (const Column& c : columns) shifts.insert(c.shift);
+    if (p.choice.kind != WeightKind::single || (shifts.size() > 1 && p.choice.form != Form::taps)) return 1;
+    const size_t vectors = p.masks.size();
+    const int64_t kept = weight.sparse ? weight.sparse->kept() : weight.rows() * weight.cols();
+    const int64_t together = kept / (weight.rows() * static_cast<int64_t>(shifts.size()));
+    return std::min(vectors <= 1 ? 4 : vectors <= 4 ? 2 : 1, together < 2 ? 1 : together < 6 ? 2 : 4);
+}
+
+}  // namespace
+
 ConvPlan plan_conv(const ConvShape& shape, const Weight& weight, const Choice& choice, const Kernels& kernels, int64_t copy_rows) {
     ConvPlan p;
     p.choice = choice;
@@ -403,13 +420,10 @@ ConvPlan plan_conv(const ConvShape& shape, const Weight& weight, const Choice& c
         case Form::taps: columns = plan_taps(p); break;
         case Form::dot: throw ValueError("form=dot has no tiles");
     }
-    p.weight = pack_weight(choice.kind, weight, shape.groups, columns, kernels.dense_rows);
+    p.unroll = unroll_of(p, weight, columns);
+    p.weight = pack_weight(choice.kind, weight, shape.groups, columns, kernels.dense_rows, p.unroll);
     make_edges(p);
     if (choice.form == Form::taps) make_tap_masks(p);
-    // few vectors: more accumulators each, or the additions would wait for one another. Settled by the shape alone.
-    const size_t vectors = p.masks.size();
-    if ((p.weight.shifts.size() <= 1 || choice.form == Form::taps) && choice.kind == WeightKind::single)
-        p.unroll = vectors <= 1 ? 4 : vectors <= 4 ? 2 : 1;
     return p;
 }
 

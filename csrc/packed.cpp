@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cmath>
 #include <cstring>
 
 namespace sparseprune {
@@ -13,7 +14,21 @@ int32_t bits_of(float value) {
     return bits;
 }
 
-void pack_single(PackedWeight& out, const Csr& csr, int64_t rows_per_group, const std::vector<Column>& columns, int64_t cols) {
+// Makes the number of entries from `begin` on a multiple of `unroll`: a kernel's loop has no rest then, whose length the processor
+// could not foresee. The largest weight is cut into equal or half as large parts, so that nothing but kept weights is multiplied.
+void fill_up(std::vector<Entry>& entries, size_t begin, int unroll) {
+    const size_t count = entries.size() - begin, more = (static_cast<size_t>(unroll) - count % static_cast<size_t>(unroll)) % static_cast<size_t>(unroll);
+    if (count == 0 || more == 0) return;
+    const auto smaller = [](const Entry& a, const Entry& b) { return std::fabs(a.value) < std::fabs(b.value); };
+    const size_t at = static_cast<size_t>(std::max_element(entries.begin() + static_cast<int64_t>(begin), entries.end(), smaller) - entries.begin());
+    for (size_t i = 0; i < more; ++i) {
+        Entry& cut = i == 2 ? entries[entries.size() - 2] : entries[at];  // halves; a half and quarters; quarters
+        cut.value *= 0.5f;
+        entries.push_back(cut);
+    }
+}
+
+void pack_single(PackedWeight& out, const Csr& csr, int64_t rows_per_group, const std::vector<Column>& columns, int64_t cols, int unroll) {
     out.shifts = {0};
     for (const Column& c : columns)  // at most 31 different ones
         if (std::find(out.shifts.begin(), out.shifts.end(), c.shift) == out.shifts.end()) out.shifts.push_back(c.shift);
@@ -25,6 +40,7 @@ void pack_single(PackedWeight& out, const Csr& csr, int64_t rows_per_group, cons
         for (const int32_t shift : out.shifts) {
             for (int64_t i = csr.row_start[r]; i < csr.row_start[r + 1]; ++i)
                 if (column[csr.col[i]].shift == shift) out.entries.push_back({column[csr.col[i]].offset, csr.value[i]});
+            fill_up(out.entries, static_cast<size_t>(out.start.back()), unroll);
             out.start.push_back(static_cast<int64_t>(out.entries.size()));
         }
         out.cuts.push_back(r);
@@ -136,14 +152,14 @@ Csr weight_csr(const Weight& weight) {
 }
 
 PackedWeight pack_weight(WeightKind kind, const Weight& weight, int64_t groups, const std::vector<Column>& columns,
-                         int32_t dense_block_rows) {
+                         int32_t dense_block_rows, int unroll) {
     PackedWeight out;
     out.kind = kind;
     const Csr csr = weight_csr(weight);
     const int64_t rows = weight.rows(), cols = weight.cols(), rows_per_group = rows / groups;
     switch (kind) {
         case WeightKind::single:
-            pack_single(out, csr, rows_per_group, columns, cols);
+            pack_single(out, csr, rows_per_group, columns, cols, unroll);
             narrow(out, columns);
             break;
         case WeightKind::masked: pack_masked(out, csr, rows_per_group, columns, cols); break;

@@ -43,8 +43,9 @@ struct Column {
 };
 
 // columns: one for each (convolution group, column), group-major; all shifts 0 unless kind is single.
+// unroll: kind single has a multiple of so many entries for each row and shift.
 PackedWeight pack_weight(WeightKind kind, const Weight& weight, int64_t groups, const std::vector<Column>& columns,
-                         int32_t dense_block_rows);
+                         int32_t dense_block_rows, int unroll);
 
 // Row r, column c, value of every kept weight, in order.
 Csr weight_csr(const Weight& weight);

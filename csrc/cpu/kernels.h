@@ -72,7 +72,7 @@ struct SpmmJob {
     const int32_t* shifts;        // lane shift of each group; out[x] += acc[x + shift]
     const uint16_t* row_edges;    // by vector of a tile: 0 where a row of pixels starts
     const uint16_t* tap_masks;    // flat planes, one group a tap: lanes whose tap is inside the image, groups * tile vectors; or null
-    int32_t unroll;               // 1, 2 or 4 accumulators a vector
+    int32_t unroll;               // 1, 2 or 4 accumulators a vector; entries come in multiples of it
     // groups of 4 rows, columns sorted by mask: stream[group] points at words of (count << 4 | mask), then for each of count
     // columns its offset and popcount(mask) values; 0 ends
     const int64_t* stream_start;

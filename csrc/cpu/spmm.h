@@ -61,18 +61,11 @@ inline void accumulate(const float* in, const E* e, const E* end, V first, V* ac
     V part[U][T];
     for (int u = 0; u < U; ++u)
         for (int t = 0; t < T; ++t) part[u][t] = u ? zero() : first;
-    for (; e + U <= end; e += U) {
+    for (; e < end; e += U) {  // their number is a multiple of U
         for (int u = 0; u < U; ++u) {
             const float* p = in + offset_of(e[u]);
             const V w = set1(e[u].value);
             for (int t = 0; t < T; ++t) part[u][t] = fma(w, loadu(p + t * kLanes), part[u][t]);
-        }
-    }
-    if (U > 1) {
-        for (; e < end; ++e) {
-            const float* p = in + offset_of(*e);
-            const V w = set1(e->value);
-            for (int t = 0; t < T; ++t) part[0][t] = fma(w, loadu(p + t * kLanes), part[0][t]);
         }
     }
     for (int t = 0; t < T; ++t) {
