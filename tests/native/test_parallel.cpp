@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <thread>
 #include <vector>
 
@@ -38,11 +39,13 @@ void test_parallel() {
         });
     for (auto& t : callers) t.join();
     CHECK(good == 300);
-    const pid_t child = fork();
-    if (child == 0) _exit(steps_in_order(4) ? 0 : 1);
-    int status = 1;
-    waitpid(child, &status, 0);
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    if (!std::getenv("SPARSEPRUNE_EMULATED")) {  // qemu-user 7.2 itself aborts where a child of several threads starts another
+        const pid_t child = fork();
+        if (child == 0) _exit(steps_in_order(4) ? 0 : 1);
+        int status = 1;
+        waitpid(child, &status, 0);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    }
     bool threw = false;
     try {
         set_num_threads(0);
