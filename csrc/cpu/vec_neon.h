@@ -54,6 +54,7 @@ inline V keep_lanes(V v, uint16_t mask) {
     return {keep4(v.a, all, bits), keep4(v.b, all, vshlq_n_u32(bits, 4)), keep4(v.c, all, vshlq_n_u32(bits, 8)),
             keep4(v.d, all, vshlq_n_u32(bits, 12))};
 }
+inline V keep_positive(V v, uint16_t mask) { return keep_lanes(max_nan(zero(), v), mask); }  // relu; NaN stays
 // There are no masked loads and stores: one lane at a time where a quarter is not whole, so that nothing else is touched.
 // Out of line, for they are long; vectors travel in registers.
 #define SPARSEPRUNE_CALLED __attribute__((noinline))
@@ -100,6 +101,15 @@ inline float32x4_t gather4(const float* base, const int32_t* index) {
 inline V gather(const float* base, const int32_t* index) {  // 0 where the index is negative
     return {gather4(base, index), gather4(base, index + 4), gather4(base, index + 8), gather4(base, index + 12)};
 }
+inline float32x4_t gather4(const float* base, const uint16_t* index) {
+    float32x4_t v = vld1q_dup_f32(base + index[0]);
+    v = vld1q_lane_f32(base + index[1], v, 1);
+    v = vld1q_lane_f32(base + index[2], v, 2);
+    return vld1q_lane_f32(base + index[3], v, 3);
+}
+inline V gather(const float* base, const uint16_t* index) {
+    return {gather4(base, index), gather4(base, index + 4), gather4(base, index + 8), gather4(base, index + 12)};
+}
 
 // A table of four registers is a whole vector. Bytes are numbered modulo 128: from 64 on they are the neighbour's, on either side.
 inline Shift make_shift(int dx) {
@@ -110,6 +120,17 @@ inline Shift make_shift(int dx) {
 }
 inline uint8x16x4_t bytes_of(V v) {
     return {{vreinterpretq_u8_f32(v.a), vreinterpretq_u8_f32(v.b), vreinterpretq_u8_f32(v.c), vreinterpretq_u8_f32(v.d)}};
+}
+inline float32x4_t take4(const uint8x16x4_t& v, const int32_t* lane) {
+    uint32x4_t i;
+    __builtin_memcpy(&i, lane, 16);
+    i = vaddq_u32(vmulq_n_u32(i, 0x04040404u), vdupq_n_u32(0x03020100u));  // lanes to bytes
+    return vreinterpretq_f32_u8(vqtbl4q_u8(v, vreinterpretq_u8_u32(i)));
+}
+// v[lane[i]] in the lanes of keep, else 0
+inline V take_lanes(V v, const int32_t* lane, uint16_t keep) {
+    const uint8x16x4_t all = bytes_of(v);
+    return keep_lanes({take4(all, lane), take4(all, lane + 4), take4(all, lane + 8), take4(all, lane + 12)}, keep);
 }
 inline float32x4_t look_up(const uint8x16x4_t& v, const uint8x16x4_t& neighbour, uint8x16_t at) {
     return vreinterpretq_f32_u8(vqtbx4q_u8(vqtbl4q_u8(v, at), neighbour, veorq_u8(at, vdupq_n_u8(64))));
