@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 #include <numeric>
 
@@ -65,7 +66,10 @@ Arena::Arena(int64_t floats, const std::vector<Buffer>* guarded) {
     if (guarded) {
         const size_t page = static_cast<size_t>(page_floats());
         mprotect(data_, page * 4, PROT_NONE);
-        for (const Buffer& b : *guarded) mprotect(data_ + b.offset + b.floats, page * 4, PROT_NONE);
+        for (const Buffer& b : *guarded) {
+            std::memset(data_ + b.offset, 0xFF, static_cast<size_t>(b.floats) * 4);  // NaN: what is read before it is written is seen
+            mprotect(data_ + b.offset + b.floats, page * 4, PROT_NONE);
+        }
     } else {
         madvise(data_, static_cast<size_t>(floats) * 4, MADV_HUGEPAGE);  // a hint: planes of many layers share few page-table entries
     }

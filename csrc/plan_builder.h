@@ -75,7 +75,8 @@ private:
     Ref output_buffer(const Layout& layout);  // for this node's value: inside a concat's buffer where it can be
     Layout layout_like(const Shape& shape, const Value& like) const;
     Value plain(const Value& v, const Shape& shape);  // contiguous, copied where it is not
-    Value strided_step(std::vector<Ref> used, const Layout& out, Body body);  // runs body, then zeroes what is no element of out
+    // runs body, then zeroes what is no element of out; padded: body has written the lanes behind rows
+    Value strided_step(std::vector<Ref> used, const Layout& out, Body body, bool padded = false);
     Value copy_step(const Value& x, const Strided& from, const Layout& out, const Strided& to);
     Value mapped_step(const Value& x, const Shape& in_shape, IndexMaps maps, float fill);
     Value build_add(const Node& node);

@@ -186,13 +186,14 @@ Layout PlanBuilder::layout_like(const Shape& shape, const Value& like) const {
 
 PlanBuilder::Value PlanBuilder::plain(const Value& v, const Shape& shape) { return in_layout(v, shape, external_layout(shape)); }
 
-PlanBuilder::Value PlanBuilder::strided_step(std::vector<Ref> used, const Layout& out, Body body) {
+PlanBuilder::Value PlanBuilder::strided_step(std::vector<Ref> used, const Layout& out, Body body, bool padded) {
     const Ref ref = used.back();
     const auto ptr = pointers();
-    add_step(used, [ptr, out, ref, body = std::move(body), count = threads()](const Run& run, int id) {
+    const auto zero = padded ? zero_margins : zero_rest;  // never what another thread's body writes
+    add_step(used, [ptr, out, ref, zero, body = std::move(body), count = threads()](const Run& run, int id) {
         body(run, id);
         const Part part{id, count};
-        zero_rest(out, ptr.out(run, ref), part.begin(out.c), part.end(out.c));
+        zero(out, ptr.out(run, ref), part.begin(out.c), part.end(out.c));
     });
     return {out, ref};
 }
@@ -239,7 +240,8 @@ PlanBuilder::Value PlanBuilder::build_binary(const Node& node) {
     const Ref ref = output_buffer(out);
     const Binary op = binary_of(node.op);
     Strided sa, sb, to;
-    if (out.kind == LayoutKind::rows && a.layout.same_as(out) && b.layout.same_as(out) && op != Binary::div && node.act.keeps_zero()) {
+    const bool padded = out.kind == LayoutKind::rows && a.layout.same_as(out) && b.layout.same_as(out) && op != Binary::div && node.act.keeps_zero();
+    if (padded) {
         sa = sb = to = padded_rows(out);
     } else {
         sa = broadcast(strided(a.layout, input_shape(node, 0)), shape());
@@ -249,7 +251,7 @@ PlanBuilder::Value PlanBuilder::build_binary(const Node& node) {
     const auto ptr = pointers();
     return strided_step({a.ref, b.ref, ref}, out, [=, act = node.act, k = &kernels(), count = threads()](const Run& run, int id) {
         binary(*k, op, sa, ptr.in(run, a.ref), sb, ptr.in(run, b.ref), to, ptr.out(run, ref), act, {id, count});
-    });
+    }, padded);
 }
 
 PlanBuilder::Value PlanBuilder::build_activation(const Node& node) {
@@ -261,7 +263,7 @@ PlanBuilder::Value PlanBuilder::build_activation(const Node& node) {
     const auto ptr = pointers();
     return strided_step({x.ref, ref}, out, [=, act = node.act, k = &kernels(), count = threads()](const Run& run, int id) {
         activate(*k, from, ptr.in(run, x.ref), to, ptr.out(run, ref), act, {id, count});
-    });
+    }, whole);
 }
 
 PlanBuilder::Value PlanBuilder::build_prelu(const Node& node) {

@@ -47,7 +47,7 @@ def test_program_md_lists_every_operator() -> None:
 def test_every_file_is_in_the_map_of_contributing_md() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     known = set(re.findall(r"\w+", text[: text.index("## Rules")]))
-    isa = re.compile(r"_(scalar|avx2|avx512)$")  # vec_<isa>, kernels_<isa>
+    isa = re.compile(r"_(scalar|avx2|avx512|neon)$")  # vec_<isa>, kernels_<isa>
     for folder in ("sparseprune", "csrc", "bench", "docs"):
         for path in (ROOT / folder).rglob("*.*"):
             if path.suffix in (".py", ".pyi", ".cpp", ".h", ".md") and path.stem != "__init__":

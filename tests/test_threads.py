@@ -184,7 +184,7 @@ def run(isa: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
 def test_every_instruction_set_agrees(isa: str, program: runtime.Program, path: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", inputs(1))
     done = run(isa, path, tmp_path / "x.npy", tmp_path / "y.npy")

@@ -50,6 +50,8 @@ std::vector<std::string> supported_isas() {
     static const Features features = detect();
     if (features.avx2) names.push_back("avx2");
     if (features.avx512) names.push_back("avx512");
+#elif defined(__aarch64__)
+    names.push_back("neon");  // every such processor has it
 #endif
     return names;
 }
@@ -63,6 +65,8 @@ const Kernels& kernels_for(const std::string& isa) {
 #if defined(__x86_64__)
     if (isa == "avx512") return *kernels_avx512();
     if (isa == "avx2") return *kernels_avx2();
+#elif defined(__aarch64__)
+    if (isa == "neon") return *kernels_neon();
 #endif
     return *kernels_scalar();
 }

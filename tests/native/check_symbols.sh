@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Kernels for one instruction set must not leak into another: each object defines one global symbol, its table's getter,
 # has no weak symbol (the linker would keep any one of several copies), and calls nothing but the C library's memory functions.
-# usage: check_symbols.sh BUILD_DIR
+# usage: check_symbols.sh BUILD_DIR; NM names another nm, for objects of another processor
 set -euo pipefail
 status=0 found=0
 while IFS= read -r object; do
     found=1
     name=$(basename "$object" .cpp.o)
-    symbols=$(nm -P "$object") # lines of: name, type, value, size
+    symbols=$("${NM:-nm}" -P "$object") # lines of: name, type, value, size
     bad=$(awk -v getter="_ZN11sparseprune${#name}${name}Ev" '
         $2 == "T" && $1 == getter { seen = 1; next }
         $2 == "U" && $1 ~ /^(memcpy|memset|memmove|memcmp|_GLOBAL_OFFSET_TABLE_|__stack_chk_fail)$/ { next }

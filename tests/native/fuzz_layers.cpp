@@ -1,11 +1,11 @@
 // Random layers against the double-precision oracle, every form and kind that fits, with an inaccessible page after each buffer.
 #include <cstring>
-#include <random>
 
 #include "check.h"
 #include "cpu/isa.h"
 #include "guarded.h"
 #include "plan.h"
+#include "random.h"
 #include "reference.h"
 
 using namespace sparseprune;
@@ -17,10 +17,6 @@ struct Case {
     std::vector<float> weight;
     Shape in, out;
 };
-
-using Random = std::mt19937;
-int64_t pick(Random& r, int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(r); }
-float real(Random& r) { return std::uniform_real_distribution<float>(-1.0f, 1.0f)(r); }
 
 size_t count(const Shape& s) {
     size_t n = 1;

@@ -7,11 +7,11 @@
 #include <limits>
 #include <map>
 #include <memory>
-#include <random>
 
 #include "check.h"
 #include "cpu/isa.h"
 #include "guarded.h"
+#include "random.h"
 #include "reference.h"
 #include "tensor_steps.h"
 
@@ -22,10 +22,7 @@ namespace {
 constexpr double kEps = 0x1p-23;
 constexpr float kInf = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
 
-using Random = std::mt19937;
 using Index = std::array<int64_t, kMaxRank>;
-int64_t pick(Random& r, int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(r); }
-bool one_in(Random& r, int64_t n) { return pick(r, 1, n) == 1; }
 
 struct Expected {
     double value, bound;

@@ -13,6 +13,7 @@ void test_parallel();
 void fuzz_layers(const std::string& isa, int cases);
 void test_activations(const std::string& isa);
 void fuzz_tensor(const std::string& isa, int cases);
+void fuzz_depth_first(const std::string& isa, int cases);
 
 int main(int argc, char** argv) {
     const int cases = argc > 1 ? std::atoi(argv[1]) : 2000;
@@ -26,6 +27,7 @@ int main(int argc, char** argv) {
         std::printf("%s: %d random cases of each tensor step\n", isa.c_str(), cases);
         fuzz_layers(isa, cases);
         std::printf("%s: %d random layers\n", isa.c_str(), cases);
+        fuzz_depth_first(isa, cases / 4);
     }
     std::printf("%d failures\n", check_failures());
     return check_failures() != 0;

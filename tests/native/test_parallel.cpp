@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <thread>
 #include <vector>
 
@@ -28,6 +29,9 @@ bool steps_in_order(int threads) {
 
 }  // namespace
 
+// ThreadSanitizer would end a child of several threads that starts another, as ours does.
+extern "C" __attribute__((visibility("default"))) const char* __tsan_default_options() { return "die_after_fork=0"; }
+
 void test_parallel() {
     for (int threads : {1, 2, 3, 8}) CHECK(steps_in_order(threads));
     std::vector<std::thread> callers;
@@ -38,11 +42,13 @@ void test_parallel() {
         });
     for (auto& t : callers) t.join();
     CHECK(good == 300);
-    const pid_t child = fork();
-    if (child == 0) _exit(steps_in_order(4) ? 0 : 1);
-    int status = 1;
-    waitpid(child, &status, 0);
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    if (!std::getenv("SPARSEPRUNE_EMULATED")) {  // qemu-user 7.2 itself aborts where a child of several threads starts another
+        const pid_t child = fork();
+        if (child == 0) _exit(steps_in_order(4) ? 0 : 1);
+        int status = 1;
+        waitpid(child, &status, 0);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    }
     bool threw = false;
     try {
         set_num_threads(0);
