@@ -864,7 +864,11 @@ void matmul(const Kernels& k, const Strided& a, const float* pa, const Strided& 
         for (int64_t u = part.begin(units); u < part.end(units); ++u) {
             const int64_t index = u / cuts, first = u % cuts * 16, end = std::min(n, first + 16);
             for (int64_t r = 0; r < m; ++r) {
-                DotJob job{pa + offset_of(*left, index) + r * ma.row, out + offset_of(to, index) + r * mc.row, nullptr, nullptr, first, end};
+                DotJob job{};
+                job.x = pa + offset_of(*left, index) + r * ma.row;
+                job.out = out + offset_of(to, index) + r * mc.row;
+                job.row_begin = first;
+                job.row_end = end;
                 job.value = pb + offset_of(*right, index);
                 job.cols = depth;
                 k.dot_dense(job);
