@@ -4,7 +4,10 @@
 struct V {
     __m256 a, b;
 };
-using Shift = int;
+struct Shift {  // over registers: lane numbers of a rotation, and which lanes come from the register after
+    __m256i lane;
+    __m256 next;
+};
 
 constexpr const char* kName = "avx2";
 constexpr int kDenseRows = 6, kMaxSingle = 7, kMaxShift = 4, kMaxPart = 0, kMaxMasked = 2, kMaxDense = 1;
@@ -54,12 +57,20 @@ inline __m256 take8(V v, const int32_t* lane, unsigned keep) {
 }
 // v[lane[i]] in the lanes of keep, else 0
 inline V take_lanes(V v, const int32_t* lane, uint16_t keep) { return {take8(v, lane, keep & 255u), take8(v, lane + 8, keep >> 8)}; }
-inline Shift make_shift(int dx) { return dx; }
-inline V shift_lanes(V v, V neighbour, Shift, int dx) {
-    alignas(32) float row[48];
-    storeu(row + 16, v);
-    storeu(dx < 0 ? row : row + 32, neighbour);
-    return loadu(row + 16 + dx);
+inline Shift make_shift(int dx) {
+    const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(dx & 7));
+    return {lane, _mm256_castsi256_ps(_mm256_cmpgt_epi32(lane, _mm256_set1_epi32(7)))};  // of a lane number three bits count
+}
+// three registers in a row: the lanes of the first two, moved by the shift
+inline V shift8(__m256 x, __m256 y, __m256 z, const Shift& s) {
+    const __m256 middle = _mm256_permutevar8x32_ps(y, s.lane);
+    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(x, s.lane), middle, s.next),
+            _mm256_blendv_ps(middle, _mm256_permutevar8x32_ps(z, s.lane), s.next)};
+}
+inline V shift_lanes(V v, V neighbour, const Shift& s, int dx) {
+    if (dx >= 8) return shift8(v.b, neighbour.a, neighbour.b, s);
+    if (dx >= 0) return shift8(v.a, v.b, neighbour.a, s);
+    return dx >= -8 ? shift8(neighbour.b, v.a, v.b, s) : shift8(neighbour.a, neighbour.b, v.a, s);
 }
 inline V even_lanes(V x, V y) {
     auto even = [](__m256 p, __m256 q) {
