@@ -38,6 +38,7 @@ struct Trial {
 
 constexpr int kRuns = 4;       // of each candidate in the first pass; the fastest counts
 constexpr int kFinalRuns = 8;  // of the two best in the second
+constexpr double kFinalRounds = 4;  // of the first pass that the second may take as long as, and one more
 
 class Tuner {
 public:
@@ -53,10 +54,13 @@ public:
         int rounds = 1;
         for (const auto& c : base_->candidates()) rounds = std::max(rounds, static_cast<int>(c.size()));
         const int total = rounds + 2;
+        double longest = 0;  // round
         bool more = true;
-        for (int r = 0; r < rounds && more; ++r) {
+        for (int r = 0; r < rounds && more && since(start) + kFinalRounds * longest < budget; ++r) {
+            const auto begin = Clock::now();
             time_candidates(kRuns, [&](size_t node) { return static_cast<size_t>(r) % best_[node].size(); });
-            more = since(start) < budget && (!progress || progress(r + 1, total));
+            longest = std::max(longest, since(begin));
+            more = !progress || progress(r + 1, total);
         }
         if (more) {
             // the two best of each layer again, in the company of the others' best

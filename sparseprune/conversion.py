@@ -26,7 +26,7 @@ from .verification import verify_layers, verify_outputs, verify_program
 
 __all__ = ["convert", "tune_program"]
 
-TUNE_SECONDS = 8.0  # budget of one shape's tuning
+TUNE_SECONDS = 3.0  # budget of one shape's tuning
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _PLAIN = (Tensor, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
@@ -53,9 +53,9 @@ def convert(
         model: Any float32 module; it is one program if its operators are in `docs/operators.md`.
         example_inputs: The positional arguments of a typical call: a float32 tensor or a tuple. The batch and image
             sizes may differ later where the model allows it; the given ones are tuned. None: the first call's inputs.
-        tune: `measure` times every layer's variants inside the running network, then the whole program against dense
-            torch (eager and channels_last); whatever loses is not used. `fixed` takes the default of every layer,
-            deterministically, and times nothing.
+        tune: `measure` times every layer's variants inside the running network, for about three seconds at most, then
+            the whole program against dense torch (eager and channels_last); whatever loses is not used. `fixed` takes
+            the default of every layer, deterministically, and times nothing.
         min_gain: A sparse layer must be this much faster than its dense variant, and the program than dense torch, to
             be used.
         verify: Compare with float64 on the examples: every layer within its rounding bound, the outputs within 1e-3
