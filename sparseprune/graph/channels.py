@@ -56,7 +56,7 @@ def savings(pairs: Sequence[tuple[Graph, Graph]]) -> tuple[str, ...]:
 def _count(graph: Graph) -> tuple[int, int]:
     """Channels that layers compute, and weights that are not zero; what layers share counts for each."""
     weights = [graph.weights[node.weight].dense for node in graph.nodes if node.weight is not None]
-    return sum(len(dense) for dense in weights), sum(int(np.count_nonzero(dense)) for dense in weights)
+    return sum(len(dense) for dense in weights), sum(int(np.count_nonzero(dense != 0)) for dense in weights)
 
 
 # ---- what is read, and what stays
@@ -208,8 +208,9 @@ class _Removal:
         elif not self.flow[value].rigid:  # depthwise
             node = replace(node, attrs=node.attrs | {"groups": int(x.sum())})
         if layer.changed or not rows.all() or not columns.all() or used.sum() < layer.reads.sum():
-            places = layer.taps.reshape(*used.shape, -1)[rows][:, columns]
-            dense = np.where(used[rows][:, columns, None], places, np.float32(0))
+            left = np.ix_(rows, columns)
+            dense = layer.taps.reshape(*used.shape, -1)[left]
+            dense[~used[left]] = 0
             node = replace(node, weight=self._weight(node, dense.reshape(*dense.shape[:2], *layer.shape[2:])))
         if layer.bias is not None and (layer.changed or not rows.all()):
             node = replace(node, bias=self._array(layer.bias[rows]))

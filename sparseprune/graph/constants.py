@@ -30,7 +30,8 @@ Doubles = NDArray[np.float64]
 class Layer:
     """A conv or linear that reads no constants any more.
 
-    `taps`, `(groups, out / groups, in / groups, places)`, is the weight; `reads`, without places, where it is not zero.
+    `taps`, `(groups, out / groups, in / groups, places)`, is the weight; `reads`, without places, where it is to be
+    taken for what it is: elsewhere it is zero.
     """
 
     def __init__(self, graph: Graph, node: Node) -> None:
@@ -40,7 +41,8 @@ class Layer:
         self.shape = dense.shape
         self.taps = dense.reshape(groups, dense.shape[0] // groups, dense.shape[1], -1)
         self.reads: Bools = np.zeros(self.taps.shape[:3], bool)
-        self.reads.reshape(-1)[np.flatnonzero(dense) // self.taps.shape[3]] = True
+        for place in range(self.taps.shape[3]):  # much faster than any(3)
+            self.reads |= self.taps[..., place] != 0
         self.bias = None if node.bias is None else graph.biases[node.bias]
         self.padded = any(node.attrs.get("padding", ()))
         self.changed = False
@@ -52,33 +54,26 @@ class Layer:
         if self.padded:
             self._merge(constants[0], known[0] & (constants[0] != 0))
             known &= constants == 0
-        group, channel = np.nonzero(known)
-        if not len(group):
-            return
-        self._own()
-        sums = self.taps[group, :, channel].sum(-1, dtype=np.float64) * constants[group, channel, None]
-        if sums.any():
-            bias = np.zeros(self.taps.shape[:2]) if self.bias is None else self.bias.reshape(self.taps.shape[:2])
-            bias = bias.astype(np.float64)
-            np.add.at(bias, group, sums)
-            self.bias = bias.reshape(-1).astype(np.float32)
-        self.taps[group, :, channel], self.reads[group, :, channel] = 0, False
+        self.changed |= bool(known.any())
+        group, channel = np.nonzero(known & (constants != 0))
+        if len(group):
+            bias = np.zeros(self.shape[0]) if self.bias is None else self.bias.astype(np.float64)
+            sums = self.taps[group, :, channel].sum(-1, dtype=np.float64) * constants[group, channel, None]
+            np.add.at(bias.reshape(self.taps.shape[:2]), group, sums)
+            self.bias = bias.astype(np.float32)
+        self.reads &= ~known[:, None]
 
     def _merge(self, constants: Doubles, several: Bools) -> None:
         """The largest of some constant channels for all of them."""
         if len(self.taps) > 1 or several.sum() < 2:
             return
-        self._own()
+        self.taps, self.changed = self.taps.copy(), True
         (places,) = np.nonzero(several)
         largest = places[np.abs(constants[places]).argmax()]
         weights = self.taps[0][:, places].astype(np.float64)
         merged = np.einsum("oit,i->ot", weights, constants[places] / constants[largest]).astype(np.float32)
-        self.taps[0][:, places], self.reads[0][:, places] = 0, False
+        self.reads[0][:, places] = False
         self.taps[0][:, largest], self.reads[0][:, largest] = merged, merged.any(1)
-
-    def _own(self) -> None:
-        if not self.changed:
-            self.taps, self.changed = self.taps.copy(), True
 
 
 class Constants:
@@ -158,14 +153,15 @@ class Constants:
     def _moved(self, links: tuple[Link, ...], value: int) -> Doubles:
         """What comes from several channels is a constant where they agree."""
         low, high = np.full_like(self._unknown(value), np.inf), np.full_like(self._unknown(value), -np.inf)
-        for link in links:
-            np.minimum.at(low, link.to, self.values[link.value][link.of])
-            np.maximum.at(high, link.to, self.values[link.value][link.of])
+        with np.errstate(invalid="ignore"):  # NaN stays NaN
+            for link in links:
+                np.minimum.at(low, link.to, self.values[link.value][link.of])
+                np.maximum.at(high, link.to, self.values[link.value][link.of])
         return np.where(low == high, low, np.nan)
 
     def _computed(self, node: Node, *operands: Doubles) -> Doubles:
         """By the reference, on one image of one place."""
-        unknown = np.isnan(np.stack(operands)).any(0)
+        unknown: Bools = np.isnan(sum(operands))
         if unknown.all():
             return np.full(unknown.shape, np.nan)
         inputs = tuple(Input(f"x{i}", (1, len(unknown))) for i in range(len(operands)))
