@@ -113,12 +113,12 @@ class _Removal:
             self.live[other][:] = True
 
     def _tie(self) -> None:
-        """Channels of linked values stay together."""
+        """Channels of linked values stay together; a value without any does not count, it may go as a whole."""
         before = -1
         while before != (before := sum(int(kept.sum()) for kept in self.kept)):
             places = range(self.first, len(self.flow))
             for value in chain(reversed(places), places):
-                for link in self.flow[value].links:
+                for link in self.flow[value].links if self.kept[value].any() else ():
                     kept = self.kept[value][link.to] | self.kept[link.value][link.of]
                     self.kept[value][link.to[kept]] = True
                     self.kept[link.value][link.of[kept]] = True

@@ -54,8 +54,9 @@ def flows(graph: Graph) -> list[Flow]:
     """One for each value."""
     walk = _Walk(graph)
     for node in graph.nodes:
-        found = _RULES.get(node.op, _opaque)(walk, node)
-        walk.found.append(_opaque(walk, node, found.rank, found.width) if node.act in _PARTIAL else found)
+        own = _RULES.get(node.op, _opaque)(walk, node)
+        unknown = any(walk.found[link.value].width is None for link in own.links)
+        walk.found.append(_opaque(walk, node, own.rank, own.width) if unknown or node.act in _PARTIAL else own)
     return walk.found
 
 
