@@ -213,9 +213,9 @@ def test_two_operands(function: Any) -> None:
         for name in ("a", "b"):  # other ones die
             order = torch.randperm(6)
             with torch.no_grad():
-                layer = model.get_submodule(name)
-                layer.weight.copy_(layer.weight[order])  # type: ignore[union-attr, operator]
-                layer.bias.copy_(layer.bias[order])  # type: ignore[union-attr, operator]
+                layer: Any = model.get_submodule(name)
+                layer.weight.copy_(layer.weight[order])
+                layer.bias.copy_(layer.bias[order])
         compare(model, (2, 3, 10, 8) if "roll" in str(function) else IMAGE, least=0)
 
 
@@ -485,8 +485,8 @@ class Pruned(Builder):
 
     def kinds(self) -> list[Any]:
         through = [self.op_conv, self.op_linear, self.op_depthwise, self.op_pool, self.op_padded_pool, self.op_binary,
-                   self.op_act, self.op_prelu, self.op_slice, self.op_concat, self.op_pad, self.op_resize, self.op_pixel_shuffle,
-                   self.op_global_pool, self.op_spatial, self.op_gate]  # fmt: skip
+                   self.op_act, self.op_prelu, self.op_slice, self.op_concat, self.op_pad, self.op_resize,
+                   self.op_pixel_shuffle, self.op_global_pool, self.op_spatial, self.op_gate]  # fmt: skip
         return [*self.rng.sample(super().kinds(), 4), *through, *10 * [self.op_plain]]
 
     def pick(self, *ranks: int) -> int:

@@ -88,8 +88,9 @@ class _Removal:
                 self.kept[value][:] = True
             for other in flow.whole:
                 self.kept[other][:] = True
+        self.idle = {value for value in self.layers if self._is_idle(value)}
         self._tie()
-        while any([self._needs_one(value) for value in reversed(range(len(self.flow)))]):
+        while any(self._needs_one(value) for value in reversed(range(len(self.flow)))):
             self._tie()
         return self._rebuilt()
 
@@ -132,12 +133,12 @@ class _Removal:
 
     def _spares(self, reader: int, value: int) -> bool:
         node = self._node(reader)
-        aside = node.op == "concat" or (self._idle(reader) and value not in node.inputs[1:])
+        aside = node.op == "concat" or (reader in self.idle and value not in node.inputs[1:])
         return aside or not self.kept[reader].any()
 
-    def _idle(self, value: int) -> bool:
+    def _is_idle(self, value: int) -> bool:
         """Whether a layer gives on its residual, plus a bias, and no more."""
-        return value in self.layers and len(self._node(value).inputs) > 1 and not self._used(value).any()
+        return len(self._node(value).inputs) > 1 and not self._used(value).any()
 
     def _used(self, value: int) -> Bools:
         """`(out, in / groups)`: where a layer's weight has to be what it is."""
@@ -160,7 +161,7 @@ class _Removal:
 
     def _rebuild(self, node: Node, value: int) -> int:
         if value in self.layers:
-            return self._idle_layer(node, value) if self._idle(value) else self._layer(node, value)
+            return self._idle_layer(node, value) if value in self.idle else self._layer(node, value)
         inputs = [self.number[item] for item in node.inputs if self.kept[item].any()]
         if node.op == "concat" and len(inputs) == 1:
             return inputs[0]
