@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import sparseprune
-from sparseprune import _native, zoo
+from sparseprune import _native, runtime, zoo
 from sparseprune.graph import passes
 from sparseprune.graph.capture import capture
 from sparseprune.graph.channels import remove_channels, savings
@@ -65,24 +65,34 @@ def randomize(model: nn.Module, dead: float = 0.4) -> nn.Module:
     return model.eval()
 
 
-def compare(model: nn.Module, *shapes: tuple[int, ...], others: Any = (), least: int = 1) -> Graph:
-    """Before, after, the model, and the native program; `least` channels have to go. Returns the graph after."""
+def compare(
+    model: nn.Module, *shapes: tuple[int, ...], others: Any = (), least: int = 1, converted: bool = False
+) -> Graph:
+    """Before, after, the model, and the native program; `least` channels have to go. Returns the graph after.
+
+    Large models are `converted`, which has its own bounds.
+    """
     args = tuple(torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes)
     whole = passes.optimize(capture(model, args, optimize=False).graph)
     graph = remove_channels(whole)
     assert channels(whole) - channels(graph) >= least, (channels(whole), channels(graph))
-    oracle, fast = copy.deepcopy(model).eval().double(), sparseprune.convert(model, args, tune="fixed")
+    oracle, program = copy.deepcopy(model).eval().double(), runtime.Program(graph.to_bytes())
+    fast = sparseprune.convert(model, args, tune="fixed") if converted else None
     for sizes in [shapes, *others]:
         args = tuple(torch.randn(size, generator=torch.Generator().manual_seed(2)) for size in sizes)
-        before, bounds = run_reference(whole, args, bounds=True)
         with torch.no_grad():
             expected = tree_leaves(oracle(*(x.double() for x in args)))
-        after, ours = run_reference(graph, args), tree_leaves(fast(*args))
-        for y, want, bound, y64, y32 in zip(after, before, bounds, expected, ours, strict=True):
-            assert y.shape == want.shape == y64.shape and torch.all((y - want).abs() <= bound)
-            torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-6 * float(want.abs().max()))
-            torch.testing.assert_close(y, y64, rtol=1e-5, atol=1e-5 * float(y64.abs().max()))
-            torch.testing.assert_close(y32.double(), y64, rtol=2e-5, atol=2e-5 * float(y64.abs().max()))
+        before, after = run_reference(whole, args), run_reference(graph, args)
+        if fast is None:
+            before, bounds = run_reference(whole, args, bounds=True)
+            assert all(bool(((y - want).abs() <= e).all()) for y, want, e in zip(after, before, bounds, strict=True))
+        ours = program.run([x.numpy() for x in args]) if fast is None else tree_leaves(fast(*args))
+        for y, want, y64, y32 in zip(after, before, expected, ours, strict=True):
+            assert y.shape == want.shape == y64.shape
+            largest = float(y64.abs().max())
+            torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-6 * largest)
+            torch.testing.assert_close(y, y64, rtol=1e-5, atol=1e-5 * largest)
+            torch.testing.assert_close(torch.as_tensor(y32).double(), y64, rtol=2e-5, atol=2e-5 * largest)
     return graph
 
 
@@ -163,12 +173,11 @@ BETWEEN = [
 
 
 @pytest.mark.parametrize("layer", BETWEEN, ids=str)
-@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
-def test_layers_between(layer: nn.Module, act: type[nn.Module]) -> None:
-    body = nn.Sequential(conv(3, 8), act(), copy.deepcopy(layer))
-    outputs = body(torch.zeros(IMAGE)).shape[1]
-    for last in ([conv(outputs, 6), nn.ReLU(), conv(6, 2, 1)], [conv(outputs, 6, 1), nn.ReLU(), conv(6, 2, 1)]):
-        compare(randomize(nn.Sequential(*body, *last), dead=0.5), IMAGE, others=[((1, 3, 13, 10),)])
+@pytest.mark.parametrize(("act", "kernel"), [(nn.ReLU(), 3), (nn.SiLU(), 1)], ids=str)
+def test_layers_between(layer: nn.Module, act: nn.Module, kernel: int) -> None:
+    body = nn.Sequential(conv(3, 8), act, copy.deepcopy(layer))
+    last = [conv(body(torch.zeros(IMAGE)).shape[1], 6, kernel), nn.ReLU(), conv(6, 2, 1)]
+    compare(randomize(nn.Sequential(*body, *last), dead=0.5), IMAGE, others=[((1, 3, 13, 10),)])
 
 
 def test_constants_keep_their_border_through_pooling() -> None:
@@ -205,7 +214,7 @@ def test_constants_keep_their_border_through_pooling() -> None:
 )
 def test_two_operands(function: Any) -> None:
     parts: dict[str, Any] = {"a": conv(3, 6), "b": conv(3, 6), "last": nn.Sequential(conv(6, 3), nn.ReLU(), conv(3, 2))}
-    for seed in range(4):
+    for seed in range(2):
         model = randomize(Function(function, **parts), dead=0.5)
         torch.manual_seed(seed)
         model.register_buffer("row", torch.randn(6, 1, 1))
@@ -328,7 +337,7 @@ def test_a_residual_branch_without_weights_is_no_layer() -> None:
         Function(lambda m, x: x.reshape(x.shape[0], 4, 2, *x.shape[2:]).transpose(1, 2).flatten(1, 2)),
         Function(lambda m, x: x.view(x.shape[0], 16, -1)), Function(lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 2))),
         Function(lambda m, x: x / (x.abs() + 1)), Function(lambda m, x: (x.abs() + 0.1).rsqrt()),
-        Function(lambda m, x: F.scaled_dot_product_attention(x, x, x)), Function(lambda m, x: x.var(1)),
+        Function(lambda m, x: F.scaled_dot_product_attention(x / 8, x / 8, x)), Function(lambda m, x: x.var(1)),
         Function(lambda m, x: torch.cat([x, x.flip(1)], 0)), Function(lambda m, x: x[:, 1:2] * x),
         Function(lambda m, x: x.norm(dim=1, keepdim=True) * x),
         Function(lambda m, x: x.unsqueeze(1).expand(-1, 2, -1, -1, -1)),
@@ -341,7 +350,7 @@ def test_everything_else(layer: nn.Module) -> None:
     compare(model, (2, 3, 8, 10), others=[((1, 3, 8, 10),)], least=1)
     shape = model(torch.zeros(2, 3, 8, 10)).shape
     if len(shape) == 4:
-        compare(randomize(nn.Sequential(*body, conv(shape[1], 4), nn.ReLU(), conv(4, 2))), (2, 3, 8, 10), least=1)
+        compare(randomize(nn.Sequential(*body, conv(shape[1], 4), nn.ReLU(), conv(4, 2))), (2, 3, 8, 10))
 
 
 class Transformer(nn.Module):
@@ -413,11 +422,10 @@ def uneven(model: nn.Module) -> nn.Module:
 
 def test_networks_with_a_global_mask() -> None:
     cases = [
-        (zoo.resnet18_32(width=8), 0.98, (2, 3, 32, 32), [((1, 3, 41, 24),)], ("fc",), 200),
-        (zoo.resnet18_32(width=8), 0.99, (1, 3, 32, 32), [], ("fc",), 250),
+        (zoo.resnet18_32(width=8), 0.98, (2, 3, 32, 32), [], ("fc",), 200),
         (zoo.ResNet(zoo.Bottleneck, (1, 1, 1, 1), width=8), 0.95, (1, 3, 64, 64), [], ("fc",), 200),
         (zoo.UNet(width=8, depth=3), 0.95, (1, 3, 24, 32), [((2, 3, 16, 40),)], ("head",), 150),
-        (zoo.YOLOv4Tiny(3, width=8), 0.95, (1, 3, 64, 64), [((3, 3, 64, 64),)], ("coarse.1", "fine.1"), 300),
+        (zoo.YOLOv4Tiny(3, width=8), 0.95, (1, 3, 64, 64), [], ("coarse.1", "fine.1"), 300),
         (zoo.MobileNetV2(10, width=0.35), 0.8, (1, 3, 64, 64), [], ("features.0.0", "classifier.1"), 1000),
         (zoo.VGG((8, 0, 16, 16, 0), hidden=32, num_classes=5), 0.9, (1, 3, 32, 32), [], (), 12),
         (zoo.tutorial_cnn(), 0.97, (1, 3, 32, 32), [], ("fc3",), 40),
@@ -425,7 +433,7 @@ def test_networks_with_a_global_mask() -> None:
     ]
     for model, amount, shape, others, exclude, least in cases:
         sparseprune.prune(uneven(model), amount, exclude=exclude)
-        compare(model, shape, others=others, least=least)
+        compare(model, shape, others=others, least=least, converted=True)
 
 
 def test_everything_zero() -> None:
@@ -437,7 +445,7 @@ def test_everything_zero() -> None:
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.zero_()
-        graph = compare(model, shape)
+        graph = compare(model, shape, converted=True)
         outputs = sum(y.shape[1] for y in tree_leaves(model(torch.zeros(shape))))
         assert channels(graph) <= outputs + len(graph.nodes)
 
