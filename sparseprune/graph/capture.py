@@ -29,6 +29,7 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 
 from ..errors import UnsupportedError
 from . import passes
+from .channels import remove_channels, savings
 from .ir import Graph
 from .lower import lower
 from .segmented import Segmented
@@ -62,7 +63,7 @@ class Captured:
         in_spec: The nesting of `args`, a `torch.utils._pytree` spec.
         out_spec: The nesting of what the model returns; leaves are tensors and None.
         constants: Leaves of `args` that are no tensors, by place among all leaves: the graph holds for these only.
-        notes: Sizes that had to be fixed, and why.
+        notes: Sizes that had to be fixed, and why; channels that were removed.
     """
 
     graph: Graph
@@ -78,7 +79,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, optimize: bool = True) -
     Args:
         model: Any module; masks of `torch.nn.utils.prune` and parametrizations are applied to the captured weights.
         args: The positional arguments of an example call; tensors float32, nested in any pytree.
-        optimize: Fold and fuse (`passes.optimize`); without, the graph is as the model wrote it, and has no bytes.
+        optimize: Fold and fuse (`passes.optimize`) and remove channels (`remove_channels`); without, the graph is as
+            the model wrote it, and has no bytes.
 
     Raises:
         TypeError: `model` is no module, or `args` no tuple.
@@ -99,8 +101,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, optimize: bool = True) -
     leaves = [leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     found = _first_success(frozen, leaves, in_spec, _lower)
     shapes = [item.shape for item in found.result.inputs]
-    graph = passes.optimize(found.result) if optimize else found.result
-    return Captured(graph, in_spec, found.out_spec, _constants(leaves), tuple(_notes(names, shapes, leaves, found)))
+    notes, graph = tuple(_notes(names, shapes, leaves, found)), found.result
+    if optimize:
+        whole = passes.optimize(graph)
+        graph = remove_channels(whole)
+        notes += savings([(whole, graph)])
+    return Captured(graph, in_spec, found.out_spec, _constants(leaves), notes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from .. import runtime
 from ..errors import UnsupportedError
 from . import passes
+from .channels import remove_channels, savings
 from .ir import Graph
 from .lower import Lowering
 from .naming import describe, operator_name
@@ -434,12 +435,15 @@ class _Splitter:
         numbers = {node: place for place, node in enumerate(self.inputs)}
         built: list[Segment] = []
         notes: list[str] = []
+        saved: list[tuple[Graph, Graph]] = []
         for native, nodes in segments:
             writes = self._leaving(nodes)
             for node in writes:
                 numbers[node] = len(numbers)
             if native:
-                graph, reads = self._lower(nodes)
+                whole, reads = self._lower(nodes)
+                graph = remove_channels(whole)
+                saved.append((whole, graph))
                 notes += _newly_fixed(graph, reads)
                 layers = [node.name for node in graph.nodes if node.weight is not None]
                 operators = tuple(layers or (node.op for node in graph.nodes))
@@ -453,6 +457,7 @@ class _Splitter:
             kind: Kind = "native" if native else "torch"
             places = tuple(numbers[node] for node in reads)
             built.append(Segment(kind, places, tuple(numbers[node] for node in writes), operators, **parts))
+        notes += savings(saved)
         outputs = tuple(
             numbers[item] if item in numbers else Held(self.constants.get(item) if isinstance(item, fx.Node) else item)
             for item in self.returned
