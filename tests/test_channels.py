@@ -168,6 +168,7 @@ BETWEEN = [
     nn.ConstantPad2d(1, 0.5), nn.Dropout(), nn.PixelShuffle(2), conv(8, 8, groups=8), conv(8, 16, groups=8),
     conv(8, 8, 1, groups=8), conv(8, 8, groups=8, padding=0), nn.BatchNorm2d(8),
     nn.Sequential(conv(8, 8, groups=8), nn.BatchNorm2d(8), nn.SiLU(), conv(8, 8, groups=8)),
+    Function(lambda m, x: x.sum(2, keepdim=True)), Function(lambda m, x: x.sum((0, 3), keepdim=True)),
     nn.ConvTranspose2d(8, 4, 2, 2), nn.Sequential(nn.ConvTranspose2d(8, 4, 3, 2, 1, 1), nn.ReLU(), conv(4, 4, 1)),
 ]  # fmt: skip
 

@@ -111,8 +111,7 @@ class Constants:
             known = node.attrs["value"]
         if (node.op == "avg_pool" and _uneven(node)) or (node.op == "reduce" and node.attrs["kind"] == "sum"):
             known = 0
-        outside = node.op == "max_pool" and any(node.attrs["padding"]) and max(node.attrs["dilation"]) > 1
-        return self._unknown(value) if outside else moved if known is None else np.where(moved == known, moved, np.nan)
+        return moved if known is None else np.where(moved == known, moved, np.nan)
 
     def _of_layer(self, node: Node, value: int) -> Doubles:
         layer = self.layers[value] = Layer(self.graph, node)
