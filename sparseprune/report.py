@@ -15,8 +15,8 @@ class LayerReport:
     Attributes:
         name: The torch layer's qualified name.
         op: `conv` or `linear`.
-        shape: The weight's.
-        sparsity: Zeros / total.
+        shape: The weight's, as it runs: without channels that are constant or that nobody reads.
+        sparsity: Zeros / total of that.
         block_density: Stored blocks / all blocks of the packed weight.
         dense_ms: The fastest dense way measured inside the running network (torch's best layout, or our dense kernel),
             milliseconds; None where nothing was timed.
@@ -72,7 +72,7 @@ class Report:
         times_ms: Median milliseconds of the whole model: `sparse`, `eager`, `channels_last`; empty if none was timed.
         max_error, bound: Largest absolute difference from float64 on the examples, and what was allowed there.
         input_shapes, threads, isa, torch: What it was measured with.
-        notes: What else is worth knowing, such as sizes that had to be fixed.
+        notes: What else is worth knowing, such as sizes that had to be fixed, and how many channels were removed.
         segments: In order, where the model is not wholly native; else empty, also where single layers were swapped
             (a note says so then).
 

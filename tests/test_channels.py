@@ -324,6 +324,27 @@ def test_a_residual_branch_without_weights_is_no_layer() -> None:
     assert [node.name for node in graph.nodes if node.op == "conv"] == ["stem", "last"]
 
 
+def test_what_stays_unread_is_finite() -> None:
+    """0 times Inf would be NaN in a dense kernel."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y, u = m.a(x * x + 1), m.b(x)
+        return m.c(y + u) + m.d(u) + m.e(y.reciprocal())
+
+    parts = {"a": conv(3, 6, bias=False), "b": conv(3, 6), "c": unread(conv(6, 4), 3), "d": conv(6, 4),
+             "e": unread(conv(6, 4), 3)}  # fmt: skip
+    with torch.no_grad():
+        parts["a"].weight.abs_()
+    compare(Function(forward, **parts), IMAGE, least=0)
+
+
+def test_a_model_that_does_nothing() -> None:
+    model: Any = Function(lambda m, x: (x + m.conv(x), x + m.conv(x + 1)), conv=conv(3, 3, bias=False))
+    with torch.no_grad():
+        model.conv.weight.zero_()
+    assert compare(model, IMAGE, least=6, converted=True).nodes == ()
+
+
 # ---- what is not understood stays
 
 

@@ -123,7 +123,7 @@ def test_one_warning_at_the_callers_line(middle: nn.Module) -> None:
 
 
 def test_sizes_stay_open(fast: SparseModule, middle: nn.Module) -> None:
-    assert fast.report.notes == ()
+    assert all(note.startswith("removed") for note in fast.report.notes)
     for shape in ((1, 3, 16, 16), (5, 3, 16, 16), (2, 3, 20, 9), (1, 3, 1, 2)):
         check(fast, middle, torch.randn(shape))
     check(fast, middle, X.contiguous(memory_format=torch.channels_last))

@@ -160,7 +160,7 @@ class Constants:
 
     def _computed(self, node: Node, *operands: Doubles) -> Doubles:
         """By the reference, on one image of one place."""
-        unknown: Bools = np.isnan(sum(operands))
+        unknown: Bools = np.logical_or.reduce([np.isnan(x) for x in operands])
         if unknown.all():
             return np.full(unknown.shape, np.nan)
         inputs = tuple(Input(f"x{i}", (1, len(unknown))) for i in range(len(operands)))

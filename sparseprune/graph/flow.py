@@ -160,7 +160,7 @@ def _flatten(walk: _Walk, node: Node) -> Flow:
 def _shaped(walk: _Walk, node: Node) -> Flow:
     """reshape and expand that leave dimension 1, and dimension 0 or what comes after, as they are."""
     x, shape = walk.found[node.inputs[0]], node.attrs["shape"]
-    known = len(shape) > 1 and x.width is not None and shape[1] in (-3, x.width)
+    known = len(shape) > 1 and x.width is not None and shape[1] in (-3, x.width) and -3 not in shape[2:]
     if not known or (node.op == "reshape" and shape[0] != -2):
         width = shape[1] if len(shape) > 1 and isinstance(shape[1], int) and shape[1] > 0 else None
         return _opaque(walk, node, len(shape), width)
