@@ -324,12 +324,13 @@ def test_a_residual_branch_without_weights_is_no_layer() -> None:
     assert [node.name for node in graph.nodes if node.op == "conv"] == ["stem", "last"]
 
 
-def test_what_stays_unread_is_finite() -> None:
+@pytest.mark.parametrize("partial", [lambda y, u: y.reciprocal(), lambda y, u: u / y])
+def test_what_stays_unread_is_finite(partial: Any) -> None:
     """0 times Inf would be NaN in a dense kernel."""
 
     def forward(m: Any, x: Tensor) -> Any:
         y, u = m.a(x * x + 1), m.b(x)
-        return m.c(y + u) + m.d(u) + m.e(y.reciprocal())
+        return m.c(y + u) + m.d(u) + m.e(partial(y, u))
 
     parts = {"a": conv(3, 6, bias=False), "b": conv(3, 6), "c": unread(conv(6, 4), 3), "d": conv(6, 4),
              "e": unread(conv(6, 4), 3)}  # fmt: skip
@@ -373,6 +374,14 @@ def test_everything_else(layer: nn.Module) -> None:
     shape = model(torch.zeros(2, 3, 8, 10)).shape
     if len(shape) == 4:
         compare(randomize(nn.Sequential(*body, conv(shape[1], 4), nn.ReLU(), conv(4, 2))), (2, 3, 8, 10))
+
+
+def test_a_dimension_that_is_not_the_channels() -> None:
+    functions = (lambda m, x: m.last(m.first(x).mean(0)), lambda m, x: m.last(m.first(x).permute(0, 2, 1, 3)[0]),
+                 lambda m, x: m.last(m.first(x).reshape(-1, 8, 10)))  # fmt: skip
+    for function in functions:
+        parts: dict[str, Any] = {"first": conv(3, 8), "last": unread(nn.Conv1d(8, 4, 1), 5)}  # type: ignore[arg-type]
+        assert width(compare(Function(function, **parts), (2, 3, 8, 10), least=0), "first") == 8
 
 
 class Transformer(nn.Module):
