@@ -626,3 +626,16 @@ def test_load_of_other_files(tmp_path: Path) -> None:
         (tmp_path / "bad.spr").write_bytes(content)
         with pytest.raises(sparseprune.FormatError):
             sparseprune.load(tmp_path / "bad.spr")
+
+
+def test_numbers_too_small_for_their_digits_are_no_error() -> None:
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.matmul(self.layer(x) * 1e-23, (x * 1e-23).transpose(-1, -2))
+
+    fast = sparseprune.convert(Tiny().eval(), X[:, 0, :5, :8])
+    assert fast(X[:, 0, :5, :8]).abs().max() < 1e-44

@@ -477,7 +477,7 @@ def _matmul(context: _Context, node: Node, operands: list[_Value]) -> _Value:
     if ea is None or eb is None:
         return _Value(a @ b, None)
     magnitude = (a.abs() + ea) @ (b.abs() + eb)
-    return _Value(a @ b, (a.shape[-1] + _SLACK) * EPS * magnitude + a.abs() @ eb + ea @ (b.abs() + eb))
+    return _Value(a @ b, (a.shape[-1] + _SLACK) * EPS * magnitude + a.abs() @ eb + ea @ (b.abs() + eb) + _TINY)
 
 
 def _softmax(context: _Context, node: Node, operands: list[_Value]) -> _Value:
