@@ -84,6 +84,10 @@ def test_tuning_can_be_interrupted() -> None:
     weights = {"w": Weight(np.ones((32, 32, 3, 3), np.float32))}
     nodes = tuple(Node("conv", f"c{i}", (i,), {**CONV, "padding": [1, 1, 1, 1]}, weight="w") for i in range(40))
     program = _native.Program(graph(("n", 32, "h", "w"), nodes, (40,), weights=weights).to_bytes())
-    threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        program.tune([(1, 32, 112, 112)], 60.0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            program.tune([(1, 32, 112, 112)], 60.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
