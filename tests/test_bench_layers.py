@@ -51,7 +51,8 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert cell["gflops"] == pytest.approx(2e-6 * cell["kept"] / cell["ms"])
         assert cell["percent"]["l2"] == pytest.approx(2 * cell["gflops"])
         assert cell["fastest_dense"] in cell["dense"]
-    assert cells["dense", 0.0]["bytes_per_kept"] == 4 and 6 < cells["1x1", 0.95]["bytes_per_kept"] < 7  # and where rows start
+    assert cells["dense", 0.0]["bytes_per_kept"] == 4
+    assert 6 < cells["1x1", 0.95]["bytes_per_kept"] < 7  # with where rows start
     layers.main([*arguments, "--resume"])
     assert json.loads(path.read_text())["layers"] == document["layers"]
     with pytest.raises(SystemExit, match="other settings"):
