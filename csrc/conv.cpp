@@ -391,12 +391,12 @@ namespace {
 // Few vectors: more accumulators each, or the additions would wait for one another. Where a row has few weights of one shift, filling
 // them up to a multiple would cost more. Settled by shape and weight, for it settles the order of additions.
 int unroll_of(const ConvPlan& p, const Weight& weight, const std::vector<Column>& columns) {
-    std::set<int32_t> shifts;
+    std::set<int32_t> shifts{0};  // as in the packed weight: group 0 is there even without columns
     for (const Column& c : columns) shifts.insert(c.shift);
     if (p.choice.kind != WeightKind::single || (shifts.size() > 1 && p.choice.form != Form::taps)) return 1;
     const size_t vectors = p.masks.size();
     const int64_t kept = weight.sparse ? weight.sparse->kept() : weight.rows() * weight.cols();
-    const int64_t together = kept / (weight.rows() * static_cast<int64_t>(shifts.size()));
+    const int64_t together = kept / (std::max<int64_t>(1, weight.rows()) * static_cast<int64_t>(shifts.size()));
     return std::min(vectors <= 1 ? 4 : vectors <= 4 ? 2 : 1, together < 2 ? 1 : together < 6 ? 2 : 4);
 }
 
