@@ -20,8 +20,10 @@ _HOMES = {
     "hold_zeros": "pruning",
     "finalize": "pruning",
     "summary": "pruning",
+    "Pruner": "pruning",
     "finetune": "training",
-    "evaluate": "training",
+    "Distillation": "distillation",
+    "evaluate": "evaluation",
     "benchmark": "benchmarking",
     "BenchmarkResult": "benchmarking",
     "prune_uniform": "synthetic",
@@ -33,7 +35,7 @@ _HOMES = {
     "UnsupportedError": "errors",
     "VerificationError": "errors",
 }
-_MODULES = ("errors", "graph", "nn", "ops", "pruning", "runtime", "training", "zoo")
+_MODULES = ("errors", "graph", "nn", "ops", "pruning", "regularizers", "runtime", "training", "zoo")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

@@ -20,7 +20,7 @@ __all__ = ["finalize", "hold_zeros", "prune"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-_DEFAULT: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
+DEFAULT_LAYERS: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
 _STRAY_ZEROS = 1e-3  # a smaller share of zeros without a mask is chance (random initialisation), not pruning
 
 
@@ -28,7 +28,7 @@ def prune(
     model: _Model, amount: float | int, *,
     criterion: str | Criterion | ScoreFunction | Mapping[str, Tensor] = "magnitude",
     pattern: str | Pattern = "1x1", scope: str | Scope = "global",
-    include: Iterable[Selector] | Selector = _DEFAULT, exclude: Iterable[Selector] | Selector = (),
+    include: Iterable[Selector] | Selector = DEFAULT_LAYERS, exclude: Iterable[Selector] | Selector = (),
     parameters: Iterable[str] | str = ("weight",), amounts: Mapping[str, float | int] | None = None,
     seed: int | None = None,
 ) -> _Model:  # fmt: skip
@@ -93,8 +93,8 @@ def prune(
 
 
 def hold_zeros(
-    model: _Model, *, include: Iterable[Selector] | Selector = _DEFAULT, exclude: Iterable[Selector] | Selector = (),
-    parameters: Iterable[str] | str = ("weight",),
+    model: _Model, *, include: Iterable[Selector] | Selector = DEFAULT_LAYERS,
+    exclude: Iterable[Selector] | Selector = (), parameters: Iterable[str] | str = ("weight",),
 ) -> _Model:  # fmt: skip
     """Make the zeros that the weights hold now into masks, in place, so that training keeps them.
 

@@ -1,0 +1,185 @@
+"""Pruning little by little: `Pruner` raises the sparsity step by step while the model is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from .api import DEFAULT_LAYERS, prune
+from .scopes import Amount, Local, check_amount, resolve_scope, target_count
+from .selection import PrunableWeight, find_weights, matches_name
+
+__all__ = ["SCHEDULES", "Pruner"]
+
+# schedule name -> share of the way from the first to the final sparsity, after a share `p` in (0, 1] of the steps
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cubic": lambda p: 1 - (1 - p) ** 3,
+    "linear": lambda p: p,
+    "one_shot": lambda p: 1.0,
+}
+
+
+class Pruner:
+    """Prunes a model in steps, from its present sparsity to a final one.
+
+    Schedules: "cubic" (fast at first, slow at the end; Zhu & Gupta, To Prune, or Not to Prune, 2017, arXiv:1710.01878),
+    "linear", "one_shot" (all at the first step), "iterative" (every step keeps the same share of what is left; Han et
+    al. 2015, arXiv:1506.02626), or a function from the share of steps done, in (0, 1], to the share of the way.
+
+    Pass it to `finetune(pruner=...)`, which steps it before every epoch (or batch, with `per="batch"`), or call
+    `step()` in a loop of your own.
+
+    Args:
+        model: the module to prune, in place.
+        amount: the final, absolute sparsity (float) or number of weights pruned (int), as in `prune`.
+        schedule: see above.
+        steps: prunings until the final amount.
+        every: calls of `step()` for one pruning; the first call prunes.
+        per: "epoch" or "batch": when `finetune` calls `step()`.
+        options: `criterion`, `pattern`, `scope`, `include`, `exclude`, `parameters`, `amounts`, `min_density`, `seed`:
+            as in `prune`. Layers with an amount of their own follow the schedule from their own present sparsity.
+
+    Raises:
+        TypeError, ValueError: as `prune`, and for an unknown schedule, or `steps` or `every` below 1.
+
+    Example:
+        >>> pruner = Pruner(model, 0.98, schedule="cubic", steps=10)
+        >>> finetune(model, loader, epochs=15, pruner=pruner)
+    """
+
+    def __init__(
+        self, model: nn.Module, amount: float | int, *, schedule: str | Callable[[float], float] = "cubic",
+        steps: int = 1, every: int = 1, per: str = "epoch", **options: Any,
+    ) -> None:  # fmt: skip
+        if not (callable(schedule) or schedule in (*SCHEDULES, "iterative")):
+            names = [*SCHEDULES, "iterative"]
+            raise ValueError(f"schedule must be one of {names} or a function, got {schedule!r}")
+        for name, value in (("steps", steps), ("every", every)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        if per not in ("epoch", "batch"):
+            raise ValueError(f'per must be "epoch" or "batch", got {per!r}')
+        self.model, self.steps, self.every, self.per = model, steps, every, per
+        self._schedule = schedule
+        self._options = dict(options)
+        self._calls = 0
+        self._goals = _goals(model, check_amount(amount), self._options)
+        self._options.pop("amounts", None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final amount is reached."""
+        return self._done() >= self.steps
+
+    def step(self) -> bool:
+        """Count one call, and prune if it is time to; whether it pruned.
+
+        Raises:
+            ValueError: as `prune`; the call is then not counted.
+        """
+        due = not self.finished and self._calls % self.every == 0
+        if due:
+            share = (self._done() + 1) / self.steps
+            amounts = {layer: goal.at(self._schedule, share) for layer, goal in self._goals.items()}
+            rest = amounts.pop("", 0.0)
+            prune(self.model, rest, amounts=amounts, **self._options)
+        self._calls += 1
+        return due
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule stands: plain data. The masks are in the model's own `state_dict`."""
+        goals = {layer: [goal.start, goal.final, goal.total] for layer, goal in self._goals.items()}
+        return {"calls": self._calls, "goals": goals, **self._description()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; the model's masks must be those of that time.
+
+        Raises:
+            ValueError: the state is of another schedule, number of steps, amount or model.
+        """
+        mine = self._description()
+        for key, value in mine.items():
+            if state.get(key) != value:
+                raise ValueError(f"the state is of a pruner with {key}={state.get(key)!r}, this one has {value!r}")
+        goals = {layer: _Goal(int(s), int(f), int(n)) for layer, (s, f, n) in state["goals"].items()}
+        if {layer: (goal.final, goal.total) for layer, goal in goals.items()} != {
+            layer: (goal.final, goal.total) for layer, goal in self._goals.items()
+        }:
+            raise ValueError("the state is of a pruner with other amounts or of another model")
+        self._goals, self._calls = goals, int(state["calls"])
+
+    def _done(self) -> int:
+        return -(-self._calls // self.every)
+
+    def _description(self) -> dict[str, Any]:
+        schedule = self._schedule
+        name = schedule if isinstance(schedule, str) else getattr(schedule, "__qualname__", "function")
+        return {"schedule": name, "steps": self.steps, "every": self.every}
+
+    def __repr__(self) -> str:
+        about = ", ".join(f"{key}={value!r}" for key, value in self._description().items())
+        return f"Pruner({about}, done={min(self._done(), self.steps)})"
+
+
+class _Goal:
+    """How many of `total` weights are pruned at first and in the end."""
+
+    def __init__(self, start: int, final: int, total: int) -> None:
+        self.start, self.final, self.total = start, final, total
+
+    def at(self, schedule: str | Callable[[float], float], share: float) -> int:
+        """Weights pruned after a share of the steps."""
+        if share >= 1:
+            return self.final
+        if schedule == "iterative":  # the same share of what is left, every time
+            kept, last = self.total - self.start, self.total - self.final
+            return self.total - round(kept * (last / kept) ** share) if kept else self.final
+        way = SCHEDULES[schedule](share) if isinstance(schedule, str) else float(schedule(share))
+        return min(self.final, max(self.start, self.start + round((self.final - self.start) * way)))
+
+
+def _goals(model: nn.Module, amount: Amount, options: Mapping[str, Any]) -> dict[str, _Goal]:
+    """Layer name -> its goal; "" for all that are ranked together."""
+    known = {"criterion", "pattern", "scope", "include", "exclude", "parameters", "amounts", "min_density", "seed"}
+    for key in options:
+        if key not in known:
+            raise TypeError(f"Pruner has no option {key!r}; it takes {sorted(known)}")
+    weights = find_weights(
+        model, options.get("include", DEFAULT_LAYERS), options.get("exclude", ()), options.get("parameters", "weight")
+    )
+    own = {key: check_amount(value, f"amounts[{key!r}]") for key, value in (options.get("amounts") or {}).items()}
+    goals: dict[str, _Goal] = {}
+    rest: list[PrunableWeight] = []
+    unused = set(own)
+    for weight in weights:
+        keys = [key for key in own if matches_name(key, weight)]
+        unused -= set(keys)
+        exact = [key for key in keys if key in weight.names]
+        if keys:
+            goals[weight.name] = _goal([weight], own[(exact or keys)[0]], weight.name)
+        else:
+            rest.append(weight)
+    for key in sorted(unused):
+        raise ValueError(f"amounts[{key!r}] matches no eligible layer; they are {[w.layer for w in weights][:8]}")
+    if isinstance(resolve_scope(options.get("scope", "global")), Local):
+        goals.update({weight.name: _goal([weight], amount, weight.name) for weight in rest})
+    elif rest:
+        goals[""] = _goal(rest, amount, f"{len(rest)} layers")
+    return goals
+
+
+def _goal(weights: Sequence[PrunableWeight], amount: Amount, where: str) -> _Goal:
+    start = total = 0
+    for weight in weights:
+        mask = weight.mask()
+        kept = weight.values() != 0 if mask is None else mask
+        start, total = start + int((~kept).sum()), total + kept.numel()
+    final = target_count(amount, total, where)
+    if start - final >= max(1, round(1e-3 * total)):
+        raise ValueError(
+            f"amount={amount} asks for {final} of the {total} weights in {where} to be pruned, but {start} already are"
+            ": an amount is the final sparsity and cannot go below the present one"
+        )
+    return _Goal(min(start, final), final, total)
