@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -126,4 +127,5 @@ class GroupLasso(Regularizer):
     def penalty(self, weight: Tensor) -> Tensor:
         groups = weight.transpose(0, self.dim).flatten(1)
         # The norm's gradient at a filter of zeros is undefined; the tiny constant makes it zero.
-        return groups.square().sum(1).add(1e-12).sqrt().sum() * groups.shape[1] ** 0.5
+        norms = groups.square().sum(1).add(1e-12).sqrt()
+        return norms.sum() * math.sqrt(groups.shape[1])

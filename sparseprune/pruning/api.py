@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ __all__ = ["finalize", "hold_zeros", "prune"]
 _Model = TypeVar("_Model", bound=nn.Module)
 
 DEFAULT_LAYERS: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
-_STRAY_ZEROS = 1e-3  # a smaller share of zeros without a mask is chance (random initialisation), not pruning
+STRAY_ZEROS = 1e-3  # a smaller share of zeros without a mask is chance (random initialisation), not pruning
 
 
 def prune(
@@ -157,6 +158,12 @@ class _State:
         return cls(mask is not None, kept, kept & nonzero)
 
 
+def largest_unit(pattern: Pattern, shapes: Iterable[tuple[int, ...]]) -> int:
+    """Weights in the largest unit of parameters of these shapes."""
+    ones = (torch.ones(shape) for shape in shapes if math.prod(shape))
+    return max((int(pattern.reduce(each).max()) for each in ones), default=1)
+
+
 def _checked_values(weight: PrunableWeight) -> Tensor:
     values = weight.values()
     if not values.is_floating_point():
@@ -196,11 +203,9 @@ def _held(
     masked = total - sum(int(state.by_mask.sum()) for state in states)
     pruned = total - sum(int(state.by_zeros.sum()) for state in states)
     # With blocks the count reached last time is the nearest one, not the target: less than a block is not "below".
-    ones = (torch.ones(state.by_mask.shape) for state in states if state.by_mask.numel())
-    slack = max((int(pattern.reduce(each).max()) for each in ones), default=1)
-    if pruned - target < slack:
+    if pruned - target < largest_unit(pattern, [tuple(state.by_mask.shape) for state in states]):
         return [state.by_zeros for state in states], target - pruned
-    if masked <= target and pruned - masked < _STRAY_ZEROS * total:
+    if masked <= target and pruned - masked < STRAY_ZEROS * total:
         return [state.by_mask for state in states], target - masked
     raise ValueError(
         f"amount={amount} asks for {target} of the {total} weights in {where} to be pruned, but {pruned} already are "

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .api import DEFAULT_LAYERS, prune
+from .api import DEFAULT_LAYERS, STRAY_ZEROS, largest_unit, prune
+from .patterns import Pattern, resolve_pattern
 from .scopes import Amount, Local, check_amount, resolve_scope, target_count
 from .selection import PrunableWeight, find_weights, matches_name
 
@@ -30,6 +32,9 @@ class Pruner:
 
     Pass it to `finetune(pruner=...)`, which steps it before every epoch (or batch, with `per="batch"`), or call
     `step()` in a loop of your own.
+
+    From the start every eligible weight has a mask, which keeps all but the zeros that the layer has been pruned to: so
+    an optimizer or DistributedDataParallel made afterwards stays valid, and names in `state_dict` do not change.
 
     Args:
         model: the module to prune, in place.
@@ -65,8 +70,11 @@ class Pruner:
         self._schedule = schedule
         self._options = dict(options)
         self._calls = 0
-        self._goals = _goals(model, check_amount(amount), self._options)
+        self._goals, weights = _goals(model, check_amount(amount), self._options)
         self._options.pop("amounts", None)
+        for weight in weights:
+            if weight.mask() is None:
+                weight.set_mask(_kept(weight))
 
     @property
     def finished(self) -> bool:
@@ -140,8 +148,10 @@ class _Goal:
         return min(self.final, max(self.start, self.start + round((self.final - self.start) * way)))
 
 
-def _goals(model: nn.Module, amount: Amount, options: Mapping[str, Any]) -> dict[str, _Goal]:
-    """Layer name -> its goal; "" for all that are ranked together."""
+def _goals(
+    model: nn.Module, amount: Amount, options: Mapping[str, Any]
+) -> tuple[dict[str, _Goal], list[PrunableWeight]]:
+    """Layer name -> its goal, "" for all that are ranked together; and all eligible weights."""
     known = {"criterion", "pattern", "scope", "include", "exclude", "parameters", "amounts", "min_density", "seed"}
     for key in options:
         if key not in known:
@@ -150,6 +160,7 @@ def _goals(model: nn.Module, amount: Amount, options: Mapping[str, Any]) -> dict
         model, options.get("include", DEFAULT_LAYERS), options.get("exclude", ()), options.get("parameters", "weight")
     )
     own = {key: check_amount(value, f"amounts[{key!r}]") for key, value in (options.get("amounts") or {}).items()}
+    pattern = resolve_pattern(options.get("pattern", "1x1"))
     goals: dict[str, _Goal] = {}
     rest: list[PrunableWeight] = []
     unused = set(own)
@@ -158,28 +169,37 @@ def _goals(model: nn.Module, amount: Amount, options: Mapping[str, Any]) -> dict
         unused -= set(keys)
         exact = [key for key in keys if key in weight.names]
         if keys:
-            goals[weight.name] = _goal([weight], own[(exact or keys)[0]], weight.name)
+            goals[weight.name] = _goal([weight], own[(exact or keys)[0]], pattern, weight.name)
         else:
             rest.append(weight)
     for key in sorted(unused):
         raise ValueError(f"amounts[{key!r}] matches no eligible layer; they are {[w.layer for w in weights][:8]}")
     if isinstance(resolve_scope(options.get("scope", "global")), Local):
-        goals.update({weight.name: _goal([weight], amount, weight.name) for weight in rest})
+        goals.update({weight.name: _goal([weight], amount, pattern, weight.name) for weight in rest})
     elif rest:
-        goals[""] = _goal(rest, amount, f"{len(rest)} layers")
-    return goals
+        goals[""] = _goal(rest, amount, pattern, f"{len(rest)} layers")
+    return goals, weights
 
 
-def _goal(weights: Sequence[PrunableWeight], amount: Amount, where: str) -> _Goal:
+def _goal(weights: Sequence[PrunableWeight], amount: Amount, pattern: Pattern, where: str) -> _Goal:
     start = total = 0
     for weight in weights:
-        mask = weight.mask()
-        kept = weight.values() != 0 if mask is None else mask
+        kept = _kept(weight)
         start, total = start + int((~kept).sum()), total + kept.numel()
     final = target_count(amount, total, where)
-    if start - final >= max(1, round(1e-3 * total)):
+    if start - final >= largest_unit(pattern, [tuple(weight.values().shape) for weight in weights]):
         raise ValueError(
             f"amount={amount} asks for {final} of the {total} weights in {where} to be pruned, but {start} already are"
             ": an amount is the final sparsity and cannot go below the present one"
         )
     return _Goal(min(start, final), final, total)
+
+
+def _kept(weight: PrunableWeight) -> Tensor:
+    """Its mask, or what it was pruned to without one: bool of its shape."""
+    mask, values = weight.mask(), weight.values()
+    if mask is not None:
+        return mask
+    zeros = values == 0
+    pruned = int(zeros.sum()) >= STRAY_ZEROS * zeros.numel()
+    return ~zeros if pruned else torch.ones_like(zeros)
