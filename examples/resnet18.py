@@ -2,6 +2,7 @@
 
     python examples/resnet18.py --data DIR                        # full size, all 60,000 images of Fashion-MNIST
     python examples/resnet18.py --width 16 --stages all           # a sixteenth of the weights, 10,000 images: minutes
+    python examples/resnet18.py --fast                            # seconds: does it run?
 
 Every stage is trained with checkpoints and skipped once done, so that the same command goes on after an interruption.
 `--stages` picks some of: dense, one_shot, cubic (98 %), global_94, local_94, global_99, global_995 (the last two go on
@@ -41,9 +42,11 @@ STAGES: dict[str, tuple[float, str, str, str]] = {
 Loaders = tuple["DataLoader[Any]", "DataLoader[Any]"]
 
 
-def loaders(directory: Path | None, batch: int) -> Loaders:
-    """Train and test images as float32 (N, 3, 32, 32), mean 0 and deviation 1, with their labels."""
+def loaders(directory: Path | None, batch: int, few: bool) -> Loaders:
+    """Train and test images as float32 (N, 3, 32, 32), mean 0 and deviation 1, with their labels; 256 if `few`."""
     arrays = load_images(directory)
+    if few:
+        arrays = {name: array[:: max(1, len(array) // 256)] for name, array in arrays.items()}
 
     def part(name: str) -> TensorDataset:
         images = np.pad(arrays[f"{name}_images"], ((0, 0), (2, 2), (2, 2)))  # 28×28 to 32×32
@@ -130,14 +133,17 @@ def main() -> None:
     parser.add_argument("--stages", default="dense,one_shot,cubic", help="comma-separated, or all")
     parser.add_argument("--output", type=Path, default=Path("resnet18_out"), help="where checkpoints and tables go")
     parser.add_argument("--no-latency", action="store_true", help="do not convert and time")
+    parser.add_argument("--fast", action="store_true", help="a tiny network, 256 images, one epoch, no timing")
     args = parser.parse_args()
+    if args.fast:
+        args.width, args.epochs, args.finetune_epochs, args.batch, args.no_latency = 4, 1, 1, 32, True
     chosen = ["dense", *STAGES] if args.stages == "all" else args.stages.split(",")
     for name in chosen:
         if name != "dense" and name not in STAGES:
             parser.error(f"--stages: {name!r} is none of dense, {', '.join(STAGES)}")
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    data = loaders(args.data, args.batch)
+    data = loaders(args.data, args.batch, args.fast)
     results_path = args.output / "results.json"
     results = json.loads(results_path.read_text()) if results_path.exists() else {}
     for name in chosen:
@@ -146,7 +152,7 @@ def main() -> None:
             results[name] = dense(args, data) if name == "dense" else stage(name, args, data)
         if "benchmark" not in results[name] and not args.no_latency:
             results[name] |= latency(args, name)
-        beside = results_path.with_suffix(".tmp")
+        beside = results_path.with_suffix(".tmp")  # then renamed: never half a table
         beside.write_text(json.dumps(results, indent=1))
         beside.replace(results_path)
     print(table(results))
