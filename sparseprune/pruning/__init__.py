@@ -5,12 +5,13 @@ from __future__ import annotations
 from .api import finalize, hold_zeros, prune
 from .criteria import Criterion, Magnitude, Random, Scores
 from .masks import Mask, get_mask, set_mask
-from .patterns import Block, Pattern
+from .patterns import Block, NofM, Pattern, Slice
 from .schedule import Pruner
-from .scopes import Global, Local, Scope
+from .scopes import ErdosRenyi, Global, Local, Scope
 from .statistics import LayerSummary, Summary, summary
 
 __all__ = [
-    "Block", "Criterion", "Global", "LayerSummary", "Local", "Magnitude", "Mask", "Pattern", "Pruner", "Random",
-    "Scope", "Scores", "Summary", "finalize", "get_mask", "hold_zeros", "prune", "set_mask", "summary",
+    "Block", "Criterion", "ErdosRenyi", "Global", "LayerSummary", "Local", "Magnitude", "Mask", "NofM", "Pattern",
+    "Pruner", "Random", "Scope", "Scores", "Slice", "Summary", "finalize", "get_mask", "hold_zeros", "prune",
+    "set_mask", "summary",
 ]  # fmt: skip
