@@ -45,8 +45,8 @@ class Pruner:
         every: calls of `step()` for one pruning; the first call prunes.
         per: "epoch" or "batch": when `finetune` calls `step()`.
         options: `criterion`, `pattern`, `scope`, `include`, `exclude`, `parameters`, `amounts`, `min_density`, `seed`:
-            as in `prune`. A layer with an amount of its own, by `amounts` or by the scope, follows the schedule from its
-            own present sparsity.
+            as in `prune`. A layer with an amount of its own, by `amounts` or by the scope, follows the schedule from
+            its own present sparsity.
 
     Raises:
         TypeError, ValueError: as `prune`, and for an unknown schedule, or `steps` or `every` below 1.
