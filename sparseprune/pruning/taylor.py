@@ -36,8 +36,8 @@ class Taylor(Criterion):
     Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, 2017 (arXiv:1611.06440).
 
     Args:
-        batches: yields (inputs, targets), or (input1, input2, ..., targets); a DataLoader or a list. Some hundreds of
-            examples are enough. Run once in every call of `prune`.
+        batches: yields (inputs, targets), or (input1, input2, ..., targets); a DataLoader or a list, since every call
+            of `prune` runs through it (an iterator is used up by the first). Some hundreds of examples are enough.
         loss: `(outputs, targets) -> scalar`; cross entropy if None.
         normalize: divide the scores of each layer's slices (filters, channels, rows, columns) by their L2 norm, as the
             paper does before it ranks filters of different layers together.
@@ -50,7 +50,7 @@ class Taylor(Criterion):
         FloatingPointError: from `prune`: the loss is NaN or infinite; the message names the batch.
 
     Example:
-        >>> prune(model, 0.3, criterion=Taylor(itertools.islice(loader, 10)), pattern="filter", include=nn.Conv2d)
+        >>> prune(model, 0.3, criterion=Taylor(list(itertools.islice(loader, 10))), pattern="filter", include=nn.Conv2d)
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Taylor(Criterion):
                 for name, units in self._contributions(model, found, patterns, batch, number):
                     totals[name] = totals[name] + units if name in totals else units
         if not number:
-            raise ValueError("batches is empty: it yielded no batch")
+            raise ValueError("batches is empty: it yielded no batch (pass a list or DataLoader, not a used iterator)")
         if missing := [weight.name for weight in found if weight.name not in totals]:
             raise ValueError(f"the loss does not depend on {', '.join(missing)} in any batch: exclude that")
         return totals
