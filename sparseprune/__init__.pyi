@@ -24,10 +24,12 @@ from .files import save_weights as save_weights
 from .module import SparseModule as SparseModule
 from .module import load as load
 from .pruning import Pruner as Pruner
+from .pruning import apply_masks as apply_masks
 from .pruning import finalize as finalize
 from .pruning import hold_zeros as hold_zeros
 from .pruning import prune as prune
 from .pruning import summary as summary
+from .pruning import to_torch_prune as to_torch_prune
 from .synthetic import prune_uniform as prune_uniform
 from .threads import num_threads as num_threads
 from .threads import set_num_threads as set_num_threads

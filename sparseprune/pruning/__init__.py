@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from .api import finalize, hold_zeros, prune
+from .api import apply_masks, finalize, hold_zeros, prune
 from .criteria import Criterion, Magnitude, Random, Scores
+from .interop import to_torch_prune
 from .masks import Mask, get_mask, set_mask
 from .patterns import Block, NofM, Pattern, Slice
 from .schedule import Pruner
 from .scopes import ErdosRenyi, Global, Local, Scope
+from .slimming import BNScale
 from .statistics import LayerSummary, Summary, summary
+from .taylor import Taylor
 
 __all__ = [
-    "Block", "Criterion", "ErdosRenyi", "Global", "LayerSummary", "Local", "Magnitude", "Mask", "NofM", "Pattern",
-    "Pruner", "Random", "Scope", "Scores", "Slice", "Summary", "finalize", "get_mask", "hold_zeros", "prune",
-    "set_mask", "summary",
+    "BNScale", "Block", "Criterion", "ErdosRenyi", "Global", "LayerSummary", "Local", "Magnitude", "Mask", "NofM",
+    "Pattern", "Pruner", "Random", "Scope", "Scores", "Slice", "Summary", "Taylor", "apply_masks", "finalize",
+    "get_mask", "hold_zeros", "prune", "set_mask", "summary", "to_torch_prune",
 ]  # fmt: skip

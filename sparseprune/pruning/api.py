@@ -17,7 +17,7 @@ from .scopes import Scope, check_amount, check_density, resolve_scope
 from .selection import PrunableWeight, Selector, find_weights
 from .targets import State, check_pattern_amounts, follow_filters, held, split_groups
 
-__all__ = ["finalize", "hold_zeros", "prune"]
+__all__ = ["apply_masks", "finalize", "hold_zeros", "prune"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -43,8 +43,9 @@ def prune(
         amount: a float in [0, 1) is the final sparsity of the eligible weights: exactly `round(amount * eligible)` are
             pruned in the end. An int is that number itself (with `scope="local"`, in every layer). With units of more
             than one weight, the nearest number of whole units; with "N:M" it must be `1 - N / M`.
-        criterion: what ranks: "magnitude", "random", a `Criterion`, a function `(name, weight) -> scores`, or a dict
-            from parameter or layer name to scores of the weight's shape; the lowest are pruned first.
+        criterion: what ranks: "magnitude", "random", a `Criterion` (`Magnitude`, `Random`, `Taylor`, `BNScale`, your
+            own), a function `(name, weight) -> scores`, or a dict from parameter or layer name to scores of the
+            weight's shape; the lowest are pruned first. For masks of your own see `apply_masks`.
         pattern: what shape goes. "1x1" (unstructured); "RxC", such as "4x1": blocks of the matrix
             out x (in / groups * kh * kw); "N:M", such as "2:4": at most N kept of every M along its rows (`NofM`);
             "filter", "channel", "kernel_row", "kernel_col": whole slices (`Slice`). Units of different sizes compare
@@ -78,6 +79,7 @@ def prune(
 
     Example:
         >>> prune(model, 0.95, exclude=("fc",), amounts={"conv1": 0.5})
+        >>> prune(model, 0.3, criterion=Taylor(batches), pattern="filter", include=nn.Conv2d, min_density=0.1)
         >>> finetune(model, loader, epochs=5)
 
     Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015 (arXiv:1506.02626).
@@ -145,6 +147,45 @@ def hold_zeros(
     return model
 
 
+def apply_masks(model: _Model, masks: Mapping[str, Tensor]) -> _Model:
+    """Give layers the user's own masks, in place: a winning ticket's, another model's, another tool's.
+
+    Weights that are pruned already stay pruned. Tied layers share the mask that one of them is given. Nothing is
+    changed if an error is raised.
+
+    Args:
+        model: any module.
+        masks: parameter name, or layer name (its weight), -> bool tensor of the parameter's shape, True = kept.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: a mask is not a bool tensor.
+        ValueError: a name that matches no parameter, or two that match one; a mask of another shape.
+
+    Example:
+        >>> masks = {name: p.abs() > 1e-3 for name, p in trained.named_parameters() if p.ndim > 1}
+        >>> apply_masks(model, masks)
+    """
+    chosen: dict[str, tuple[PrunableWeight, Tensor]] = {}
+    for name, mask in masks.items():
+        weight = _weight_named(model, name)
+        shape = tuple(weight.values().shape)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"masks[{name!r}] must be a bool tensor (True = kept), got {got}")
+        if mask.shape != shape:
+            raise ValueError(f"masks[{name!r}] has shape {tuple(mask.shape)}, expected {weight.name}'s shape {shape}")
+        if weight.name in chosen:
+            raise ValueError(f"masks[{name!r}] is a second mask for {weight.name}")
+        before = weight.mask()
+        chosen[weight.name] = weight, mask if before is None else before & mask.to(before.device)
+    for weight, mask in chosen.values():
+        weight.set_mask(mask)
+    return model
+
+
 def finalize(model: _Model) -> _Model:
     """Bake every mask in place: plain parameters with zeros, plain `state_dict` keys, nothing left to hold them.
 
@@ -172,6 +213,15 @@ def _checked_values(weight: PrunableWeight) -> Tensor:
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{weight.name} holds NaN or infinite values; pruning it would hide that")
     return values
+
+
+def _weight_named(model: nn.Module, name: str) -> PrunableWeight:
+    """The parameter called `name`, or the weight of the layer called so."""
+    layers = dict(model.named_modules(remove_duplicate=False))
+    layer, _, parameter = (name, ".", "weight") if name in layers and name else name.rpartition(".")
+    if not isinstance(getattr(layers.get(layer), parameter, None), Tensor):
+        raise ValueError(f"masks[{name!r}] matches no parameter and no layer with a weight")
+    return find_weights(model, f"{layer}.{parameter}" if layer else parameter, parameters=parameter)[0]
 
 
 def _warn_empty(names: list[str]) -> None:

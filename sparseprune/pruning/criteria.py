@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,10 +14,12 @@ __all__ = ["CRITERIA", "Criterion", "Magnitude", "Random", "Scores", "compute_sc
 ScoreFunction = Callable[[str, Tensor], Tensor]
 
 
-class Criterion(ABC):
-    """Subclass this, or pass `prune` a function or a dict of scores, to rank weights another way."""
+class Criterion:
+    """Subclass this, or pass `prune` a function or a dict of scores, to rank weights another way.
 
-    @abstractmethod
+    Override `scores`; or `unit_scores`, if what a unit (block, filter, ...) is worth is not its weights' mean score.
+    """
+
     def scores(
         self, model: nn.Module, weights: Mapping[str, Tensor], generator: torch.Generator | None
     ) -> Mapping[str, Tensor]:
@@ -32,14 +33,13 @@ class Criterion(ABC):
         Returns:
             parameter name -> scores of the same shape; the lowest are pruned first.
         """
+        raise NotImplementedError(f"{type(self).__name__} must define scores or unit_scores")
 
     def unit_scores(
         self, model: nn.Module, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor],
         patterns: Mapping[str, Pattern], generator: torch.Generator | None,
     ) -> Mapping[str, Tensor]:  # fmt: skip
-        """Score every unit (block, filter, ...) of every parameter: unless overridden, the mean of its `scores`.
-
-        For criteria whose score of a unit is not the mean of its weights' scores.
+        """Score every unit of every parameter; the mean of its weights' `scores` unless overridden.
 
         Args:
             model, weights, generator: as for `scores`.
@@ -80,11 +80,6 @@ class Magnitude(Criterion):
 class Random(Criterion):
     """Uniform noise, one number a unit: the baseline to beat. Set `prune`'s `seed` to repeat it."""
 
-    def scores(
-        self, model: nn.Module, weights: Mapping[str, Tensor], generator: torch.Generator | None
-    ) -> Mapping[str, Tensor]:
-        return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
-
     def unit_scores(
         self, model: nn.Module, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor],
         patterns: Mapping[str, Pattern], generator: torch.Generator | None,
@@ -118,6 +113,7 @@ class Scores(Criterion):
 
 
 CRITERIA: dict[str, Callable[[], Criterion]] = {"magnitude": Magnitude, "random": Random}
+_WITH_ARGUMENTS = {"taylor": "Taylor(batches)", "bnscale": "BNScale(example_inputs)"}
 
 
 def resolve_criterion(criterion: str | Criterion | ScoreFunction | Mapping[str, Tensor]) -> Criterion:
@@ -125,6 +121,8 @@ def resolve_criterion(criterion: str | Criterion | ScoreFunction | Mapping[str, 
     if isinstance(criterion, Criterion):
         return criterion
     if isinstance(criterion, str):
+        if criterion in _WITH_ARGUMENTS:
+            raise ValueError(f"criterion={criterion!r} needs data: pass pruning.{_WITH_ARGUMENTS[criterion]}")
         if criterion not in CRITERIA:
             raise ValueError(f"criterion must be one of {sorted(CRITERIA)}, scores or a Criterion, got {criterion!r}")
         return CRITERIA[criterion]()
