@@ -17,6 +17,7 @@ _HOMES = {
     "load_weights": "files",
     "save_weights": "files",
     "prune": "pruning",
+    "compact": "pruning",
     "hold_zeros": "pruning",
     "finalize": "pruning",
     "summary": "pruning",

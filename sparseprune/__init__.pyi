@@ -20,6 +20,7 @@ from .files import load_weights as load_weights
 from .files import save_weights as save_weights
 from .module import SparseModule as SparseModule
 from .module import load as load
+from .pruning import compact as compact
 from .pruning import finalize as finalize
 from .pruning import hold_zeros as hold_zeros
 from .pruning import prune as prune
