@@ -24,6 +24,8 @@ def drop_residual_blocks(model: nn.Module, args: tuple[Any, ...], names: Iterabl
     for name in dropped:
         if name not in modules or not name:
             raise ValueError(f"drop_blocks: {name!r} is no module of the model; it has {[n for n in modules if n][:8]}")
+    if not dropped:
+        return ()
     shapes: dict[str, tuple[Any, Any]] = {}
 
     def note(name: str) -> Callable[..., None]:

@@ -16,11 +16,10 @@ from ..dense import plain_copy
 from ..errors import SparsepruneWarning, VerificationError
 from .blocks import drop_residual_blocks
 from .constancy import find_constants
-from .coupling import OUTPUT, Coupling
+from .coupling import OUTPUT, Coupling, couple
 from .masks import stored_parameter
 from .removal_plan import Planner, flags_of
 from .shrinking import shrink
-from .tracing import couple
 from .trials import find_trouble, outputs_of, removal_trouble
 
 __all__ = ["CompactLayer", "CompactReport", "Stayed", "compact"]

@@ -1,29 +1,48 @@
-"""From a model and an example to its coupling, by `torch-pruning`'s dependency graph."""
+"""A model's dependency graph, as `torch-pruning` traces it, with the sizes that tensors really had.
+
+By itself `torch-pruning` infers how wide a tensor is from the layers around it, which fails next to inputs, slices and
+chunks. Autograd knows the shapes, so here they come from there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import UnsupportedError
-from .coupling import OUTPUT, Coupling, Union, is_depthwise
 
-__all__ = ["couple"]
+__all__ = ["Index", "Trace", "trace"]
 
-Ints = NDArray[np.int64]
-
-_CONVS = nn.modules.conv._ConvNd
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_COUNTED = (nn.modules.conv._ConvNd, nn.Linear, nn.PReLU, nn.modules.batchnorm._BatchNorm,
+            nn.modules.instancenorm._InstanceNorm)  # fmt: skip
 
 
-def couple(model: nn.Module, args: tuple[Any, ...]) -> Coupling:
-    """Trace `model`, a private copy in evaluation mode, on an example. Its `requires_grad` flags change.
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What was found.
+
+    Attributes:
+        graph: The `torch_pruning.DependencyGraph`.
+        inputs: The gradient functions of the model's inputs.
+        calls: How often each convolution, linear layer, norm and PReLU was called, by name, in the order of the calls.
+        cuts: The nodes that slice or split a tensor along its channels, and where.
+    """
+
+    graph: Any
+    inputs: set[Any]
+    calls: dict[str, int]
+    cuts: dict[Any, list[int]]
+
+
+def trace(model: nn.Module, args: tuple[Any, ...]) -> Trace:
+    """Trace `model`, in evaluation mode, on an example. Its `requires_grad` flags change.
 
     Raises:
         ImportError: `torch-pruning` is not installed.
@@ -32,14 +51,11 @@ def couple(model: nn.Module, args: tuple[Any, ...]) -> Coupling:
     try:
         import torch_pruning
     except ImportError as error:
-        raise ImportError(
-            f"compact needs torch-pruning: pip install 'sparseprune[compact]' or torch-pruning ({error})"
-        ) from error
+        raise ImportError(f"torch-pruning follows the channels: pip install 'sparseprune[compact]' ({error})") from None
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    graph = torch_pruning.DependencyGraph()
-    tracer = _Tracer(model, args)
+    graph, tracer = _sized(torch_pruning.DependencyGraph)(), _Tracer(model, args)
     try:
         with torch.enable_grad():
             graph.build_dependency(model, None, forward_fn=tracer.run, verbose=False)
@@ -47,7 +63,8 @@ def couple(model: nn.Module, args: tuple[Any, ...]) -> Coupling:
         raise UnsupportedError(f"the model cannot be traced on example_inputs: {_named(error)}") from error
     finally:
         tracer.remove()
-    return _Builder(graph, tracer).coupling
+    _map_channels(graph)
+    return Trace(graph, tracer.inputs, tracer.calls, _cuts(graph))
 
 
 class _Tracer:
@@ -60,7 +77,7 @@ class _Tracer:
         self.hooks = [
             module.register_forward_hook(self._count(name))
             for name, module in model.named_modules()
-            if isinstance(module, (_CONVS, nn.Linear, nn.PReLU, *_NORMS))
+            if isinstance(module, _COUNTED)
         ]
 
     def _count(self, name: str) -> Callable[..., None]:
@@ -90,182 +107,171 @@ class _Tracer:
             hook.remove()
 
 
-class _Index(NamedTuple):
-    """What `torch-pruning`'s index mappings take: a channel, and the component it belongs to."""
+def _sized(graph: Any) -> Any:
+    class SizedGraph(graph):  # type: ignore[misc]  # torch-pruning has no types
+        """A dependency graph that knows how many channels every node has."""
+
+        def get_out_channels(self, module_or_node: Any) -> int | None:
+            width: int | None = super().get_out_channels(module_or_node)
+            if width is None and hasattr(module_or_node, "grad_fn"):
+                width = _width(_shape(module_or_node.grad_fn), not self._2d_4d)
+            return width
+
+    return SizedGraph
+
+
+def _shape(function: Any, number: int = 0) -> tuple[int, ...]:
+    """Of an output of what a gradient function differentiates; of a parameter itself."""
+    if hasattr(function, "variable"):
+        return tuple(function.variable.shape)
+    return tuple(int(size) for size in function._input_metadata[number].shape)
+
+
+def _axis(rank: int, tokens: bool) -> int:
+    return rank - 1 if rank < 2 or (rank == 3 and tokens) else 1
+
+
+def _width(shape: tuple[int, ...], tokens: bool) -> int | None:
+    return shape[_axis(len(shape), tokens)] if shape else None
+
+
+def _dimension(function: Any, rank: int) -> int:
+    """Which dimension is concatenated, cut or split; autograd keeps negative numbers as unsigned ones."""
+    saved = int(function._saved_dim)
+    return saved if saved < rank else _signed(saved) + rank
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number
+
+
+class Index(NamedTuple):
+    """A channel, and the component it belongs to; index mappings take lists of these."""
 
     idx: int
     root_idx: int
 
 
-class _Builder:
-    """Follows the edges of the dependency graph, each with its index mapping, from every layer's output channels."""
+@dataclass(frozen=True)
+class _Part:
+    """Channels `start` to `end` of a tensor, and their numbers in that part; `inverse`: from the part to the tensor."""
 
-    def __init__(self, graph: Any, tracer: _Tracer) -> None:
-        self.graph, self.ops, self.tracer = graph, graph.ops.OPTYPE, tracer
-        self.names = {module: name for name, module in tracer.model.named_modules()}
-        layers = {name: tracer.model.get_submodule(name) for name in tracer.calls}
-        layers = {n: m for n, m in layers.items() if isinstance(m, (_CONVS, nn.Linear)) and m in graph.module2node}
-        self.coupling = Coupling(layers)
-        self.same = Union()
-        self.found: dict[tuple[Any, bool], dict[int, int]] = {}  # (node, input side) -> channel -> component
-        for layer in layers.values():
-            self._follow(layer)
-        self._number()
-        for node in graph.module2node.values():
-            self._describe(node)
+    start: int
+    end: int
+    step: int = 1
+    inverse: bool = False
 
-    def _follow(self, layer: nn.Module) -> None:
-        node = self.graph.module2node[layer]
-        own = self.found.setdefault((node, False), {})
-        width = _width(layer, False)
-        new = [_Index(channel, self.same.add()) for channel in range(width or 0) if channel not in own]
-        own.update(new)
-        stack = [(node, self.graph.get_pruner_of_module(layer).prune_out_channels, new)]
-        while stack:
-            node, handler, items = stack.pop()
-            for edge in node.dependencies:
-                if edge.is_triggered_by(handler):
-                    mapped: Sequence[Any] = items
-                    for mapping in edge.index_mapping:
-                        mapped = mapped if mapping is None else mapping(mapped)
-                    if new := self._enter(edge, mapped):
-                        stack.append((edge.target, edge.handler, new))
+    def __call__(self, items: Iterable[Index]) -> list[Index]:
+        if self.inverse:
+            return [Index(item.idx * self.step + self.start, item.root_idx) for item in items]
+        taken = range(self.start, self.end, self.step)
+        return [Index(taken.index(item.idx), item.root_idx) for item in items if item.idx in taken]
 
-    def _enter(self, edge: Any, items: Iterable[Any]) -> list[_Index]:
-        """Note the channels at the end of an edge; those that were not known yet."""
-        pruner = self.graph.get_pruner_of_module(edge.target.module)
-        reads = edge.handler == pruner.prune_in_channels != pruner.prune_out_channels
-        known = self.found.setdefault((edge.target, reads), {})
-        new = []
-        for item in items:
-            if item.idx in known:
-                self.same.join(known[item.idx], item.root_idx)
-            else:
-                known[item.idx] = item.root_idx
-                new.append(_Index(item.idx, item.root_idx))
-        return new
 
-    def _number(self) -> None:
-        roots, numbers = np.unique(self.same.roots(), return_inverse=True)
-        self.coupling.size = len(roots)
-        for known in self.found.values():
-            for channel, item in known.items():
-                known[channel] = int(numbers[item])
+@dataclass(frozen=True)
+class _Flat:
+    """Each channel becomes `places` features; `inverse`: back to channels."""
 
-    def _describe(self, node: Any) -> None:
-        module, name = node.module, self.names.get(node.module, "")
-        if node.type in (self.ops.SLICE, self.ops.SPLIT):
-            self._balance_parts(node)
-        if isinstance(module, (_CONVS, nn.Linear)):
-            if name in self.coupling.layers:
-                self._layer(node, name, module)
-        elif isinstance(module, (*_NORMS, nn.PReLU)):
-            if _width(module, False) is not None:
-                self.coupling.norms[name] = self._components(node, False, _width(module, False))
-            if self.tracer.calls.get(name, 0) > 1:
-                self._block(node, f"{name} is used {self.tracer.calls[name]} times in one call")
-        elif reason := self._foreign(node, name):
-            self._block(node, reason)
-            if node.type != self.ops.OUTPUT:
-                for reads in (False, True):
-                    self.coupling.foreign |= set(self.found.get((node, reads), {}).values())
+    places: int
+    inverse: bool = False
 
-    def _layer(self, node: Any, name: str, layer: nn.Module) -> None:
-        reason = self._rigid(name, layer)
-        own = self.coupling
-        own.out[name] = self._components(node, False, _width(layer, False))
-        own.into[name] = own.out[name]
-        if node.type == self.ops.DEPTHWISE_CONV and not is_depthwise(layer):
-            reason = reason or f"{name} reads several channels a group, and makes one of them"
-            own.into[name] = np.full(_width(layer, True) or 0, -1)
-        elif not is_depthwise(layer):
-            own.into[name] = self._components(node, True, _width(layer, True))
-        if reason is not None:
-            self._block(node, reason)
-        groups = int(getattr(layer, "groups", 1))
-        if groups > 1 and not is_depthwise(layer) and reason is None:
-            own.balanced += [tuple(np.split(side, groups)) for side in (own.out[name], own.into[name])]
-        if [follower.type for follower in node.outputs] == [self.ops.BN]:
-            follower = self.names[node.outputs[0].module]
-            if self.tracer.calls.get(follower) == 1:
-                own.followers[name] = follower
+    def __call__(self, items: Iterable[Index]) -> list[Index]:
+        if self.inverse:
+            return list(dict.fromkeys(Index(item.idx // self.places, item.root_idx) for item in items))
+        return [Index(item.idx * self.places + place, item.root_idx) for item in items for place in range(self.places)]
 
-    def _rigid(self, name: str, layer: nn.Module) -> str | None:
-        """Why a layer can lose neither inputs nor outputs."""
-        if self.tracer.calls[name] > 1:
-            return f"{name} is used {self.tracer.calls[name]} times in one call"
-        if not isinstance(layer._parameters.get("weight"), nn.Parameter):
-            return f"the weight of {name} is computed by a hook"
-        own = {id(parameter) for parameter in layer._parameters.values() if parameter is not None}
-        for other, module in self.tracer.model.named_modules():
-            if module is not layer and own & {id(parameter) for parameter in module._parameters.values()}:
-                return f"{name} shares a parameter with {other or 'the model itself'}"
-        return None
 
-    def _foreign(self, node: Any, name: str) -> str | None:
-        """Why channels that meet such a node stay."""
-        what = type(node.module).__name__
-        if node.type == self.ops.OUTPUT:
-            return OUTPUT
-        if node.grad_fn in self.tracer.inputs:
-            return "an input of the model meets it"
-        if node.type == self.ops.PARAMETER:
-            names = (n for n, p in self.tracer.model.named_parameters() if p is node.module)
-            return f"the parameter {next(names, '?')} meets it outside of a layer that is known"
-        if node.type in (self.ops.LN, self.ops.GN):
-            return f"{name}, a {what}, computes over all channels"
-        if node.type in (self.ops.EMBED, self.ops.LSTM, self.ops.MHA, self.ops.CUSTOMIZED):
-            return f"{name}, a {what}, keeps its size"
-        return None
+def _map_channels(graph: Any) -> None:
+    """Give every edge the index mapping that the shapes of its tensors say."""
+    types, tokens = graph.ops.OPTYPE, not graph._2d_4d
+    for node in graph.module2node.values():
+        entries = _entries(node, types, tokens)
+        for source in set(node.inputs):
+            if {node.type, source.type} & {types.EXPAND, types.UNBIND}:
+                continue  # torch-pruning's own
+            numbers = [number for function, number in node.grad_fn.next_functions if function is source.grad_fn]
+            pairs = zip(_places(node.inputs, source), _edges(source, node), strict=True)
+            for k, (place, (back, forth)) in enumerate(pairs):
+                steps = [] if entries[place] is None else [entries[place]]
+                if source.type == types.SPLIT and k < len(numbers):
+                    steps.insert(0, _split_part(source, numbers[k], tokens))
+                forth.index_mapping = [step for step in steps if step is not None]
+                back.index_mapping = [replace(step, inverse=not step.inverse) for step in reversed(forth.index_mapping)]
 
-    def _balance_parts(self, node: Any) -> None:
-        """A tensor cut at a share of its channels (a half, say) has to lose as many on either side."""
-        for source in node.inputs:
-            known = self.found.get((source, False), {})
-            width = max(known, default=-1) + 1
-            edges = [edge for edge in source.dependencies if edge.target is node and edge.index_mapping[0] is not None]
-            if not edges or not width:
-                continue
-            if node.type == self.ops.SLICE:
-                if node.module.step != 1:
-                    self._block(source, "every second channel of it is picked, or so")
-                    continue
-                cuts = {node.module.start, min(node.module.end, width)}
-            else:
-                cuts = set(node.module.offsets)
-            own = np.array([known.get(channel, -1) for channel in range(width)])
-            parts = tuple(np.split(own, sorted(cut for cut in cuts if 0 < cut < width)))
-            if len(parts) > 1:
-                self.coupling.balanced.append(parts)
 
-    def _components(self, node: Any, reads: bool, width: int | None) -> Ints:
-        known = self.found.get((node, reads), {})
-        result = np.full(width or 0, -1, np.int64)
-        for channel, component in known.items():
-            if channel >= len(result):
-                reason = f"torch-pruning cannot follow it to {self.names[node.module]}"
-                for other in known.values():
-                    self.coupling.blocked.setdefault(other, reason)
-            else:
-                result[channel] = component
+def _places(nodes: list[Any], node: Any) -> list[int]:
+    return [place for place, other in enumerate(nodes) if other is node]
+
+
+def _edges(source: Any, reader: Any) -> list[tuple[Any, Any]]:
+    """The dependencies between two nodes, back and forth, of each tensor that goes from one to the other.
+
+    A node's dependencies are first those on its inputs, then those on its outputs, in their order.
+    """
+    back = [reader.dependencies[place] for place in _places(reader.inputs, source)]
+    forth = [source.dependencies[len(source.inputs) + place] for place in _places(source.outputs, reader)]
+    return list(zip(back, forth, strict=True))
+
+
+def _cuts(graph: Any) -> dict[Any, list[int]]:
+    """Of every node that cuts a tensor along its channels, where it does so."""
+    types, tokens = graph.ops.OPTYPE, not graph._2d_4d
+    found = {}
+    for node in graph.module2node.values():
+        parts: list[Any] = []
+        if node.type == types.SPLIT:
+            parts = [_split_part(node, number, tokens) for number in range(len(node.grad_fn._input_metadata))]
+        elif node.type == types.SLICE:
+            parts = _entries(node, types, tokens)
+        if parts and parts[0] is not None:
+            found[node] = sorted({cut for part in parts for cut in (part.start, part.end)})
+    return found
+
+
+def _entries(node: Any, types: Any, tokens: bool) -> list[_Part | _Flat | None]:
+    """How the channels of each of a node's inputs become its own; None: one by one."""
+    function = node.grad_fn
+    result: list[_Part | _Flat | None] = [None] * len(node.inputs)
+    if node.type == types.CONCAT:
+        return _concatenation(node, tokens) or result
+    if node.type not in (types.SLICE, types.RESHAPE) or len(node.inputs) != 1:
         return result
+    before, after = _shape(*function.next_functions[0]), _shape(function)
+    if node.type == types.SLICE:
+        axis = _dimension(function, len(before))
+        if axis != _axis(len(before), tokens):
+            return result
+        start, end, _ = slice(*(_signed(n) for n in (node.module.start, node.module.end))).indices(before[axis])
+        return [_Part(start, end, node.module.step)]
+    if len(before) > len(after) == 2 and before[0] == after[0] and not (tokens and len(before) == 3):
+        return [_Flat(math.prod(before[2:]))]
+    if len(after) > len(before) == 2 and before[0] == after[0] and not (tokens and len(after) == 3):
+        return [_Flat(math.prod(after[2:]), inverse=True)]
+    return result
 
-    def _block(self, node: Any, reason: str) -> None:
-        for reads in (False, True):
-            for component in self.found.get((node, reads), {}).values():
-                if reason == OUTPUT or component not in self.coupling.blocked:
-                    self.coupling.blocked[component] = reason
+
+def _concatenation(node: Any, tokens: bool) -> list[_Part | _Flat | None] | None:
+    shape, sources = _shape(node.grad_fn), node.grad_fn.next_functions
+    axis = _dimension(node.grad_fn, len(shape))
+    sizes = [0 if source is None else _shape(source, number)[axis] for source, number in sources]
+    constants = [place for place, (source, _) in enumerate(sources) if source is None]  # what needs no gradient
+    if axis != _axis(len(shape), tokens) or len(constants) > 1 or len(sources) - len(constants) != len(node.inputs):
+        return None
+    for place in constants:
+        sizes[place] = shape[axis] - sum(sizes)
+    ends = list(accumulate(sizes))
+    parts = [_Part(end - size, end, inverse=True) for end, size in zip(ends, sizes, strict=True)]
+    return [part for place, part in enumerate(parts) if place not in constants]
 
 
-def _width(module: nn.Module, reads: bool) -> int | None:
-    """How many channels a module has, None where it knows of none."""
-    if isinstance(module, _CONVS):
-        return module.in_channels if reads else module.out_channels
-    if isinstance(module, nn.Linear):
-        return module.in_features if reads else module.out_features
-    if isinstance(module, nn.PReLU):
-        return module.num_parameters if module.num_parameters > 1 else None
-    return int(module.num_features) if isinstance(module, _NORMS) else None
+def _split_part(node: Any, number: int, tokens: bool) -> _Part | None:
+    function = node.grad_fn
+    shapes = [tuple(int(size) for size in part.shape) for part in function._input_metadata]
+    axis = _dimension(function, len(shapes[0]))
+    if axis != _axis(len(shapes[0]), tokens):
+        return None
+    start = sum(shape[axis] for shape in shapes[:number])
+    return _Part(start, start + shapes[number][axis])
 
 
 def _named(error: BaseException) -> str:
