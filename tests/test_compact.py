@@ -308,7 +308,7 @@ def test_grouped() -> None:
     zero(model[2], 1, 2, 3, 7, 8)
     small = check(model, (1, 3, 6, 6))
     assert small[2].weight.shape == (8, 3, 3, 3) and small[2].groups == 2 and widths(small) == [6, 8, 4]
-    assert "each group" in stayed(small)["0"] and "each group" in stayed(small)["2"]
+    assert "grouped" in stayed(small)["0"] and "grouped" in stayed(small)["2"]
     model[2].padding = (1, 1)
     assert widths(check(model, (1, 3, 6, 6)))[0] in (7, 8)  # only where the constant is 0
     multiplied = randomize(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 2, 1)))

@@ -177,27 +177,25 @@ def _layers(whole: nn.Module, small: nn.Module, coupling: Coupling) -> tuple[Com
 
 
 def _stayed(planner: Planner, removed: Bools) -> tuple[Stayed, ...]:
-    found: dict[tuple[str, str], int] = {}
-    for name, components in planner.coupling.out.items():
+    coupling, found = planner.coupling, dict[tuple[str, str], int]()
+    varying: dict[int, str] = {}  # components that are no constants, and the layer that reads them
+    for name in coupling.readers():
+        ids = coupling.into[name][np.isnan(planner.constants[name])]
+        varying.update(dict.fromkeys(ids.tolist(), name))
+    for name, components in coupling.out.items():
         zero = ~planner.used[name].any(2).reshape(-1)
-        for component in components[zero & ~flags_of(components, removed)].tolist():
-            reason = _reason(planner, name, component)
+        staying = components[zero & ~flags_of(components, removed)].tolist()
+        others = ", ".join(coupling.coupled(name)) if staying else ""
+        for component in staying:
+            reason = coupling.blocked.get(component) or planner.held.get(component)
+            if reason is None and component not in varying:
+                reason = "as many have to go from each part of a tensor that is cut, or of a grouped convolution"
+            elif reason is None and others:
+                reason = f"coupled with those of {others}, which are not all zero"
+            elif reason is None:
+                reason = f"what it gives is not the same everywhere where {varying[component]} reads it"
             found[name, reason] = found.get((name, reason), 0) + 1
     return tuple(Stayed(name, filters, reason) for (name, reason), filters in found.items())
-
-
-def _reason(planner: Planner, layer: str, component: int) -> str:
-    coupling = planner.coupling
-    for why in (coupling.blocked, planner.held):
-        if component in why:
-            return why[component]
-    for name in coupling.readers():
-        if ((coupling.into[name] == component) & np.isnan(planner.constants[name])).any():
-            coupled = coupling.coupled(layer)
-            if coupled:
-                return f"coupled with those of {', '.join(coupled)}, which are not all zero"
-            return f"what it gives is not the same everywhere where {name} reads it"
-    return "as many have to go from each part of a tensor that is cut, or from each group of a convolution"
 
 
 def _warn(stayed: tuple[Stayed, ...], reasons: set[str]) -> None:
