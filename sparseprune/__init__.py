@@ -18,6 +18,7 @@ _HOMES = {
     "save_weights": "files",
     "prune": "pruning",
     "apply_masks": "pruning",
+    "compact": "pruning",
     "hold_zeros": "pruning",
     "to_torch_prune": "pruning",
     "finalize": "pruning",

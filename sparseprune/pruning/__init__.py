@@ -7,6 +7,7 @@ from .criteria import Criterion, Magnitude, Random, Scores
 from .interop import to_torch_prune
 from .masks import Mask, get_mask, set_mask
 from .patterns import Block, NofM, Pattern, Slice
+from .removal import CompactLayer, CompactReport, Stayed, compact
 from .schedule import Pruner
 from .scopes import ErdosRenyi, Global, Local, Scope
 from .slimming import BNScale
@@ -14,7 +15,7 @@ from .statistics import LayerSummary, Summary, summary
 from .taylor import Taylor
 
 __all__ = [
-    "BNScale", "Block", "Criterion", "ErdosRenyi", "Global", "LayerSummary", "Local", "Magnitude", "Mask", "NofM",
-    "Pattern", "Pruner", "Random", "Scope", "Scores", "Slice", "Summary", "Taylor", "apply_masks", "finalize",
-    "get_mask", "hold_zeros", "prune", "set_mask", "summary", "to_torch_prune",
+    "BNScale", "Block", "CompactLayer", "CompactReport", "Criterion", "ErdosRenyi", "Global", "LayerSummary", "Local",
+    "Magnitude", "Mask", "NofM", "Pattern", "Pruner", "Random", "Scope", "Scores", "Slice", "Stayed", "Summary", "Taylor",
+    "apply_masks", "compact", "finalize", "get_mask", "hold_zeros", "prune", "set_mask", "summary", "to_torch_prune",
 ]  # fmt: skip
