@@ -16,6 +16,7 @@ from .taylor import Taylor
 
 __all__ = [
     "BNScale", "Block", "CompactLayer", "CompactReport", "Criterion", "ErdosRenyi", "Global", "LayerSummary", "Local",
-    "Magnitude", "Mask", "NofM", "Pattern", "Pruner", "Random", "Scope", "Scores", "Slice", "Stayed", "Summary", "Taylor",
-    "apply_masks", "compact", "finalize", "get_mask", "hold_zeros", "prune", "set_mask", "summary", "to_torch_prune",
+    "Magnitude", "Mask", "NofM", "Pattern", "Pruner", "Random", "Scope", "Scores", "Slice", "Stayed", "Summary",
+    "Taylor", "apply_masks", "compact", "finalize", "get_mask", "hold_zeros", "prune", "set_mask", "summary",
+    "to_torch_prune",
 ]  # fmt: skip
