@@ -34,7 +34,7 @@ _HOMES = {
     "UnsupportedError": "errors",
     "VerificationError": "errors",
 }
-_MODULES = ("errors", "graph", "nn", "ops", "pruning", "runtime", "training", "zoo")
+_MODULES = ("errors", "graph", "nn", "ops", "pruning", "runtime", "testing", "training", "zoo")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

@@ -4,6 +4,7 @@ from . import nn as nn
 from . import ops as ops
 from . import pruning as pruning
 from . import runtime as runtime
+from . import testing as testing
 from . import training as training
 from . import zoo as zoo
 from .benchmarking import BenchmarkResult as BenchmarkResult
