@@ -17,12 +17,19 @@ _HOMES = {
     "load_weights": "files",
     "save_weights": "files",
     "prune": "pruning",
+<<<<<<< HEAD
     "compact": "pruning",
+=======
+    "apply_masks": "pruning",
+>>>>>>> main
     "hold_zeros": "pruning",
+    "to_torch_prune": "pruning",
     "finalize": "pruning",
     "summary": "pruning",
+    "Pruner": "pruning",
     "finetune": "training",
-    "evaluate": "training",
+    "Distillation": "distillation",
+    "evaluate": "evaluation",
     "benchmark": "benchmarking",
     "BenchmarkResult": "benchmarking",
     "prune_uniform": "synthetic",
@@ -34,7 +41,11 @@ _HOMES = {
     "UnsupportedError": "errors",
     "VerificationError": "errors",
 }
+<<<<<<< HEAD
 _MODULES = ("errors", "graph", "nn", "ops", "pruning", "runtime", "testing", "training", "zoo")
+=======
+_MODULES = ("errors", "graph", "nn", "ops", "pruning", "regularizers", "runtime", "training", "zoo")
+>>>>>>> main
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

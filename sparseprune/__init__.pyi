@@ -3,6 +3,7 @@ from . import graph as graph
 from . import nn as nn
 from . import ops as ops
 from . import pruning as pruning
+from . import regularizers as regularizers
 from . import runtime as runtime
 from . import testing as testing
 from . import training as training
@@ -11,25 +12,29 @@ from .benchmarking import BenchmarkResult as BenchmarkResult
 from .benchmarking import benchmark as benchmark
 from .bsr import BlockCSR as BlockCSR
 from .conversion import convert as convert
+from .distillation import Distillation as Distillation
 from .errors import FormatError as FormatError
 from .errors import SparsepruneError as SparsepruneError
 from .errors import SparsepruneWarning as SparsepruneWarning
 from .errors import UnsupportedError as UnsupportedError
 from .errors import VerificationError as VerificationError
+from .evaluation import evaluate as evaluate
 from .files import load_pruned as load_pruned
 from .files import load_weights as load_weights
 from .files import save_weights as save_weights
 from .module import SparseModule as SparseModule
 from .module import load as load
 from .pruning import compact as compact
+from .pruning import Pruner as Pruner
+from .pruning import apply_masks as apply_masks
 from .pruning import finalize as finalize
 from .pruning import hold_zeros as hold_zeros
 from .pruning import prune as prune
 from .pruning import summary as summary
+from .pruning import to_torch_prune as to_torch_prune
 from .synthetic import prune_uniform as prune_uniform
 from .threads import num_threads as num_threads
 from .threads import set_num_threads as set_num_threads
-from .training import evaluate as evaluate
 from .training import finetune as finetune
 
 __version__: str

@@ -1,14 +1,16 @@
-"""Finetuning a pruned model with its masks held, and measuring it."""
+"""Training that a pruned model survives: `finetune`."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,20 +20,24 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
+from . import distributed, resuming
+from .distillation import Distillation
 from .errors import SparsepruneError
+from .evaluation import Evaluation, Loss, Meter, casting, evaluate, length, mode, place_of, unpack
 from .pruning.masks import effective_weight, get_mask, iter_masked
+from .pruning.schedule import Pruner
 from .pruning.statistics import summary
 
-__all__ = ["Evaluation", "History", "evaluate", "finetune"]
+__all__ = ["History", "finetune"]
 
-Loss = Callable[[Any, Any], Tensor]
+Penalty = Callable[[nn.Module], Tensor]
 
 
 @dataclass
 class History:
     """What `finetune` saw, one entry per epoch. Accuracies are NaN where outputs are not class scores."""
 
-    train_loss: list[float] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)  # with its penalty, and the teacher's part
     train_accuracy: list[float] = field(default_factory=list)
     val_loss: list[float] = field(default_factory=list)  # empty without val_loader
     val_accuracy: list[float] = field(default_factory=list)
@@ -41,55 +47,22 @@ class History:
     best_epoch: int | None = None  # counted from 0; the one whose weights the model holds; None without val_loader
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Means over all examples; `accuracy` in [0, 1], NaN where outputs are not class scores."""
-
-    accuracy: float
-    loss: float
-    examples: int
-
-
-def evaluate(
-    model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = None, device: torch.device | str | None = None
-) -> Evaluation:
-    """Accuracy and mean loss over a loader, in eval mode and without gradients; the mode is restored.
-
-    Args:
-        model: any module; class scores (N, C) or (N, C, ...) give an accuracy.
-        loader: yields (inputs, targets), or (input1, input2, ..., targets); targets int64 (N) or (N, ...).
-        loss: `(outputs, targets) -> scalar`; cross entropy if None.
-        device: moves the model there first; None leaves it where it is.
-
-    Raises:
-        ValueError: the loader yields nothing.
-        TypeError: a batch is not a tuple of inputs and targets.
-
-    Example:
-        >>> evaluate(model, test_loader).accuracy
-    """
-    place = _place(model, device)
-    meter = _Meter()
-    with _mode(model, training=False), torch.no_grad():
-        for batch in loader:
-            inputs, targets = _unpack(batch, place, "loader")
-            outputs = model(*inputs)
-            meter.add(outputs, targets, float((loss or F.cross_entropy)(outputs, targets)))
-    if not meter.examples:
-        raise ValueError("loader is empty: it yielded no batch")
-    return meter.result()
-
-
 def finetune(
     model: nn.Module, train_loader: Iterable[Any], *, epochs: int, val_loader: Iterable[Any] | None = None,
     loss: Loss | None = None, optimizer: Optimizer | Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
-    scheduler: Any = None, device: torch.device | str | None = None, seed: int | None = 0, progress: bool = True,
+    scheduler: Any = None, regularizer: Penalty | None = None, teacher: nn.Module | Distillation | None = None,
+    pruner: Pruner | None = None, checkpoint_dir: str | Path | None = None, autocast: torch.dtype | None = None,
+    device: torch.device | str | None = None, seed: int | None = 0, progress: bool = True,
 ) -> History:  # fmt: skip
-    """Train a pruned model further, in place, with its masks held.
+    """Train a model further, in place, with its masks held.
 
     Masks (ours, or `torch.nn.utils.prune`'s) hold through momentum and weight decay, which is checked at the end. Plain
     zeros do not: call `hold_zeros(model)` first; a warning says so where it looks forgotten. With `val_loader` the
-    model ends with the weights of its best epoch (by accuracy, then loss). Every layer's train/eval mode is restored.
+    model ends with the weights of its best epoch (by accuracy, then loss) among those of the final sparsity. Every
+    layer's train/eval mode is restored.
+
+    Started by `torchrun`, every process takes its share of the examples and gradients are averaged
+    (DistributedDataParallel, given or made here); masks and statistics are those of rank 0.
 
     Args:
         model: any module.
@@ -102,6 +75,14 @@ def finetune(
         scheduler: a torch scheduler, or a function from optimizer to one; stepped once an epoch, but once a batch if it
             is a OneCycleLR or CyclicLR. None: with the default optimizer, a short warm-up and a cosine to zero,
             stepped once a batch; with your own optimizer, a constant rate.
+        regularizer: added to the loss: `regularizers.L1`, `L2`, `BNScaleL1`, `GroupLasso`, or a function of the model.
+        teacher: a module to learn from, or a `Distillation` that says how.
+        pruner: prunes the model step by step, before epochs or batches.
+        checkpoint_dir: a folder, made if missing. After every epoch the whole state is written there; called again
+            with the same arguments, training goes on after the last whole epoch, with the same results to the bit as
+            without the interruption (on one machine and number of threads). Each epoch that pruned also leaves
+            `pruned-<epoch>-<sparsity>.safetensors`, for `load_weights`.
+        autocast: dtype to compute in, such as torch.bfloat16; weights stay as they are.
         device: moves the model there first; None leaves it where it is.
         seed: seeds torch for shuffling and dropout, and restores its state afterwards; None leaves it alone.
         progress: show a bar with loss, accuracy and sparsity.
@@ -110,7 +91,8 @@ def finetune(
         A `History`.
 
     Raises:
-        ValueError: an empty loader; `epochs` below 1; an optimizer of some other model.
+        ValueError: an empty loader; `epochs` below 1; an optimizer of some other model; a `checkpoint_dir` of another
+            training.
         TypeError: a batch is not a tuple of inputs and targets.
         FloatingPointError: the loss is NaN or infinite; the message names epoch and step. That step is not applied.
         SparsepruneError: a pruned weight is not zero, or a mask changed, at the end.
@@ -119,65 +101,190 @@ def finetune(
         >>> prune(model, 0.95)
         >>> history = finetune(model, train_loader, epochs=5, val_loader=val_loader)
     """
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs must be an int of at least 1, got {epochs!r}")
-    for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
-        if _length(loader) == 0:
-            raise ValueError(f"{name} is empty: len({name}) is 0")
-    place = _place(model, device)
-    _warn_unheld(model)
-    masks = _snapshot_masks(model)
-    steps = _Steps(model, optimizer, scheduler, epochs, _length(train_loader))
-    history, best = History(), _Best()
-    with _mode(model, training=True), _seeded(seed, place):
-        for epoch in range(epochs):
-            start = time.perf_counter()
-            history.learning_rate.append(float(steps.optimizer.param_groups[0]["lr"]))
-            history.sparsity.append(summary(model).sparsity)
-            bar = _bar(train_loader, f"epoch {epoch + 1}/{epochs}", progress)
-            trained = _train_epoch(model, bar, loss or F.cross_entropy, steps, place, epoch, history.sparsity[-1])
-            history.train_loss.append(trained.loss)
-            history.train_accuracy.append(trained.accuracy)
-            checked = None if val_loader is None else evaluate(model, val_loader, loss=loss)
-            if checked is not None:
-                history.val_loss.append(checked.loss)
-                history.val_accuracy.append(checked.accuracy)
-                best.offer(model, checked, epoch)
-            steps.end_epoch(checked or trained)
-            history.seconds.append(time.perf_counter() - start)
-    best.restore(model)
-    history.best_epoch = best.epoch
-    _check_masks(model, masks)
-    return history
+    _check(epochs, train_loader, val_loader, pruner, distributed.unwrap(model))
+    place = place_of(model, device)
+    distributed.start(place)
+    inner = distributed.unwrap(model)
+    _warn_unheld(inner)
+    with mode(model, training=True), _seeded(seed, place):
+        shared = distributed.shard(train_loader, seed)
+        steps = _Steps(inner, optimizer, scheduler, epochs, length(shared))
+        distributed.broadcast_model(inner)
+        run = _Run(
+            inner, distributed.wrap(model, place), shared, val_loader, steps, place, pruner, autocast, seed,
+            _Objective(loss or F.cross_entropy, regularizer, _distillation(teacher)), epochs,
+            progress and distributed.is_main(),
+        )  # fmt: skip
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            run.resume(folder)
+        while run.epoch < epochs:
+            run.one_epoch(folder)
+    run.best.restore(inner)
+    run.history.best_epoch = run.best.epoch
+    _check_masks(inner, run.masks)
+    return run.history
 
 
-def _train_epoch(
-    model: nn.Module, bar: Any, loss: Loss, steps: _Steps, place: torch.device | None, epoch: int, sparsity: float
-) -> Evaluation:
-    meter = _Meter()
-    with bar:
-        for step, batch in enumerate(bar):
-            inputs, targets = _unpack(batch, place, "train_loader")
-            outputs = model(*inputs)
-            value = loss(outputs, targets)
-            number = float(value.detach())
-            if not math.isfinite(number):
-                rate = steps.optimizer.param_groups[0]["lr"]
-                raise FloatingPointError(
-                    f"loss is {number} at epoch {epoch + 1}, step {step + 1} (learning rate {rate:.3g}): "
-                    "lower the learning rate, or look for NaN in the inputs"
+@dataclass
+class _Objective:
+    """What training minimises."""
+
+    loss: Loss
+    regularizer: Penalty | None
+    teacher: Distillation | None
+
+    def __call__(self, model: nn.Module, outputs: Any, inputs: list[Any], targets: Any) -> Tensor:
+        if self.teacher is not None:
+            value = self.teacher.loss(outputs, inputs, targets, self.loss)
+        else:
+            value = self.loss(outputs, targets)
+        return value if self.regularizer is None else value + self.regularizer(model)
+
+
+@dataclass
+class _Run:
+    """One training: what is fixed, and how far it is."""
+
+    model: nn.Module
+    called: nn.Module  # the model, or DistributedDataParallel around it
+    loader: Iterable[Any]
+    val_loader: Iterable[Any] | None
+    steps: _Steps
+    place: torch.device | None
+    pruner: Pruner | None
+    autocast: torch.dtype | None
+    seed: int | None
+    objective: _Objective
+    epochs: int
+    progress: bool
+    epoch: int = 0
+    history: History = field(default_factory=History)
+    best: _Best = field(default_factory=lambda: _Best())
+    masks: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.masks = _snapshot_masks(self.model)
+
+    def one_epoch(self, folder: Path | None) -> None:
+        """Train, evaluate, and write the state where there is a folder."""
+        start = time.perf_counter()
+        pruned = self.pruner is not None and self.pruner.per == "epoch" and self._prune()
+        self.history.learning_rate.append(float(self.steps.optimizer.param_groups[0]["lr"]))
+        distributed.set_epoch(self.loader, self.epoch)
+        trained, pruned_inside = self._train()
+        distributed.broadcast_model(self.model)
+        sparsity = summary(self.model).sparsity
+        self.history.sparsity.append(sparsity)
+        self.history.train_loss.append(trained.loss)
+        self.history.train_accuracy.append(trained.accuracy)
+        checked = None
+        if self.val_loader is not None:
+            checked = evaluate(self.model, self.val_loader, loss=self.objective.loss, autocast=self.autocast)
+            self.history.val_loss.append(checked.loss)
+            self.history.val_accuracy.append(checked.accuracy)
+            self.best.offer(self.model, checked, self.epoch, sparsity)
+        self.steps.end_epoch(checked or trained)
+        self.history.seconds.append(time.perf_counter() - start)
+        self.epoch += 1
+        if folder is not None and distributed.is_main():
+            self._save(folder, pruned or pruned_inside)
+
+    def _train(self) -> tuple[Evaluation, bool]:
+        """One pass over the loader -> means over it, and whether a batch pruned."""
+        meter, pruned, step = Meter(), False, -1
+        sparsity = summary(self.model).sparsity
+        by_batch = self.pruner is not None and self.pruner.per == "batch"
+        with _bar(self.loader, f"epoch {self.epoch + 1}/{self.epochs}", self.progress) as bar:
+            for step, batch in enumerate(bar):
+                if by_batch and self._prune():
+                    pruned, sparsity = True, summary(self.model).sparsity
+                inputs, targets = unpack(batch, self.place, "train_loader")
+                with casting(self.place, self.autocast):
+                    outputs = self.called(*inputs)
+                    value = self.objective(self.model, outputs, inputs, targets)
+                number = distributed.total([float(value.detach())], self.place)[0] / distributed.world_size()
+                self._check_finite(number, step)
+                self.steps.optimizer.zero_grad(set_to_none=True)
+                value.backward()  # type: ignore[no-untyped-call]
+                self.steps.optimizer.step()
+                self.steps.end_batch()
+                meter.add(outputs, targets, number)
+                seen = meter.result()
+                shown = {"loss": seen.loss, "acc": seen.accuracy, "sparsity": sparsity}
+                bar.set_postfix({key: f"{number:.4f}" for key, number in shown.items()}, refresh=False)
+        if step < 0:
+            raise ValueError(f"train_loader is empty: it yielded no batch in epoch {self.epoch + 1}")
+        meter.set_totals(distributed.total(meter.totals(), self.place))
+        return meter.result(), pruned
+
+    def _check_finite(self, number: float, step: int) -> None:
+        if not math.isfinite(number):
+            rate = self.steps.optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(
+                f"loss is {number} at epoch {self.epoch + 1}, step {step + 1} (learning rate {rate:.3g}): "
+                "lower the learning rate, or look for NaN in the inputs"
+            )
+
+    def _prune(self) -> bool:
+        assert self.pruner is not None
+        with mode(self.model, training=False):  # for criteria that run the model
+            pruned = self.pruner.step()
+        if pruned:
+            distributed.broadcast_model(self.model)
+            self.masks = _snapshot_masks(self.model)
+        return pruned
+
+    # --- interruption and resumption ---
+
+    def _save(self, folder: Path, pruned: bool) -> None:
+        if pruned:
+            from .files import save_weights
+
+            save_weights(self.model, folder / f"pruned-{self.epoch:03d}-{self.history.sparsity[-1]:.4f}.safetensors")
+        generator = getattr(self.loader, "generator", None)
+        resuming.save_training(
+            folder / resuming.LAST,
+            {
+                "settings": self._settings(), "epoch": self.epoch, "model": self.model.state_dict(),
+                "masked": resuming.masked_names(self.model), "history": dataclasses.asdict(self.history),
+                "steps": self.steps.state_dict(), "best": self.best.state_dict(), "rng": resuming.rng_state(),
+                "pruner": None if self.pruner is None else self.pruner.state_dict(),
+                "generator": None if generator is None else generator.get_state(),
+            },
+        )  # fmt: skip
+
+    def resume(self, folder: Path) -> None:
+        """Go on where the folder's state ends, if there is one."""
+        path = folder / resuming.LAST
+        state = resuming.load_training(path)
+        if state is None:
+            return
+        for key, value in self._settings().items():
+            if state["settings"].get(key) != value:
+                had = state["settings"].get(key)
+                raise ValueError(
+                    f"checkpoint_dir: {path} is of a training with {key}={had!r}, not {value!r}; "
+                    "use another folder, or remove it to start again"
                 )
-            steps.optimizer.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
-            steps.optimizer.step()
-            steps.end_batch()
-            meter.add(outputs, targets, number)
-            seen = meter.result()
-            shown = {"loss": seen.loss, "acc": seen.accuracy, "sparsity": sparsity}
-            bar.set_postfix({key: f"{number:.4f}" for key, number in shown.items()}, refresh=False)
-    if not meter.examples:
-        raise ValueError(f"train_loader is empty: it yielded no batch in epoch {epoch + 1}")
-    return meter.result()
+        resuming.restore_model(self.model, state["model"], [(layer, name) for layer, name in state["masked"]])
+        self.steps.load_state_dict(state["steps"])
+        self.best.load_state_dict(state["best"])
+        self.history = History(**state["history"])
+        self.epoch = state["epoch"]
+        if self.pruner is not None:
+            self.pruner.load_state_dict(state["pruner"])
+        resuming.restore_rng(state["rng"])
+        if state["generator"] is not None:
+            self.loader.generator.set_state(state["generator"])  # type: ignore[attr-defined]
+        self.masks = _snapshot_masks(self.model)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "epochs": self.epochs, "seed": self.seed, "optimizer": type(self.steps.optimizer).__name__,
+            "batches": length(self.loader), "processes": distributed.world_size(), "pruner": self.pruner is not None,
+        }  # fmt: skip
 
 
 class _Steps:
@@ -203,7 +310,7 @@ class _Steps:
             scheduler = _warm_cosine(optimizer, epochs * (batches or 1))
             self._per_batch = batches is not None
         elif scheduler is not None:
-            if not isinstance(scheduler, LRScheduler):
+            if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
                 scheduler = scheduler(optimizer)
             self._per_batch = isinstance(scheduler, (OneCycleLR, CyclicLR))
         self._scheduler = scheduler
@@ -218,6 +325,26 @@ class _Steps:
         elif self._scheduler is not None and not self._per_batch:
             self._scheduler.step()
 
+    def state_dict(self) -> dict[str, Any]:
+        scheduler = None
+        if self._scheduler is not None:
+            scheduler = {key: value for key, value in self._scheduler.state_dict().items() if _plain(value)}
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self._scheduler is not None and state["scheduler"] is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+
+
+def _plain(value: Any) -> bool:
+    """Whether `torch.load(weights_only=True)` reads it back: no functions, as LambdaLR and others keep."""
+    if isinstance(value, (list, tuple)):
+        return all(_plain(each) for each in value)
+    if isinstance(value, dict):
+        return all(_plain(key) and _plain(each) for key, each in value.items())
+    return value is None or isinstance(value, (bool, int, float, str, Tensor))
+
 
 def _warm_cosine(optimizer: Optimizer, total: int) -> LambdaLR:
     warm = total // 20
@@ -230,40 +357,17 @@ def _warm_cosine(optimizer: Optimizer, total: int) -> LambdaLR:
     return LambdaLR(optimizer, factor)
 
 
-class _Meter:
-    """Running means over examples."""
-
-    def __init__(self) -> None:
-        self.examples = 0
-        self._loss = 0.0
-        self._correct = 0
-        self._judged = 0
-
-    def add(self, outputs: Any, targets: Any, loss: float) -> None:
-        count = len(targets) if isinstance(targets, Tensor) and targets.ndim else 1
-        self.examples += count
-        self._loss += loss * count
-        if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or outputs.ndim < 2:
-            return
-        if not targets.is_floating_point() and targets.shape == outputs.shape[:1] + outputs.shape[2:]:
-            self._correct += int((outputs.argmax(1) == targets).sum())
-            self._judged += targets.numel()
-
-    def result(self) -> Evaluation:
-        accuracy = self._correct / self._judged if self._judged else math.nan
-        return Evaluation(accuracy, self._loss / max(1, self.examples), self.examples)
-
-
 class _Best:
-    """The weights of the best epoch so far."""
+    """The weights of the best epoch so far, among those of the highest sparsity."""
 
     def __init__(self) -> None:
         self.epoch: int | None = None
-        self._key = (-math.inf, -math.inf)
+        self._key = (-math.inf, -math.inf, -math.inf)
         self._state: dict[str, Any] = {}
 
-    def offer(self, model: nn.Module, seen: Evaluation, epoch: int) -> None:
-        key = (0.0 if math.isnan(seen.accuracy) else seen.accuracy, -math.inf if math.isnan(seen.loss) else -seen.loss)
+    def offer(self, model: nn.Module, seen: Evaluation, epoch: int, sparsity: float) -> None:
+        accuracy = 0.0 if math.isnan(seen.accuracy) else seen.accuracy
+        key = (sparsity, accuracy, -math.inf if math.isnan(seen.loss) else -seen.loss)
         if self.epoch is None or key > self._key:
             self.epoch, self._key = epoch, key
             state = model.state_dict()
@@ -273,37 +377,25 @@ class _Best:
         if self.epoch is not None:
             model.load_state_dict(self._state)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "key": list(self._key), "state": self._state}
 
-def _unpack(batch: Any, place: torch.device | None, argument: str) -> tuple[list[Any], Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        raise TypeError(f"{argument} must yield (inputs, targets), got {type(batch).__name__}")
-    moved = [item.to(place, non_blocking=True) if isinstance(item, Tensor) and place else item for item in batch]
-    return moved[:-1], moved[-1]
-
-
-def _place(model: nn.Module, device: torch.device | str | None) -> torch.device | None:
-    if device is not None:
-        model.to(device)
-    parameter = next(model.parameters(), None)
-    return None if parameter is None else parameter.device
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self._key, self._state = state["epoch"], tuple(state["key"]), state["state"]
 
 
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:  # no length, or an IterableDataset behind a DataLoader
-        return None
+def _check(epochs: int, train_loader: Any, val_loader: Any, pruner: Pruner | None, model: nn.Module) -> None:
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs must be an int of at least 1, got {epochs!r}")
+    for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
+        if length(loader) == 0:
+            raise ValueError(f"{name} is empty: len({name}) is 0")
+    if pruner is not None and distributed.unwrap(pruner.model) is not model:
+        raise ValueError("pruner is of another model: make it from the one that is trained")
 
 
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
+def _distillation(teacher: nn.Module | Distillation | None) -> Distillation | None:
+    return teacher if teacher is None or isinstance(teacher, Distillation) else Distillation(teacher)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparseprune import pruning
 from sparseprune.pruning import Block, Local, Mask, Scores, finalize, hold_zeros, prune, set_mask, summary
-from sparseprune.pruning.scopes import prune_units
+from sparseprune.pruning.ranking import prune_units
 
 get_mask: Any = pruning.get_mask
 l1_unstructured: Any = torch_prune.l1_unstructured

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sparseprune import pruning
 from sparseprune.errors import SparsepruneError
+from sparseprune.evaluation import Evaluation, evaluate
 from sparseprune.pruning import finalize, hold_zeros, prune, summary
-from sparseprune.training import Evaluation, evaluate, finetune
+from sparseprune.training import finetune
 
 get_mask: Any = pruning.get_mask
 l1_unstructured: Any = torch_prune.l1_unstructured
