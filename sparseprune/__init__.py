@@ -38,7 +38,7 @@ _HOMES = {
     "UnsupportedError": "errors",
     "VerificationError": "errors",
 }
-_MODULES = ("errors", "graph", "nn", "ops", "pruning", "regularizers", "runtime", "training", "zoo")
+_MODULES = ("errors", "graph", "nn", "ops", "pruning", "regularizers", "runtime", "testing", "training", "zoo")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

@@ -5,6 +5,7 @@ from . import ops as ops
 from . import pruning as pruning
 from . import regularizers as regularizers
 from . import runtime as runtime
+from . import testing as testing
 from . import training as training
 from . import zoo as zoo
 from .benchmarking import BenchmarkResult as BenchmarkResult

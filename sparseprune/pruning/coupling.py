@@ -58,7 +58,7 @@ class Coupling:
     def coupled(self, layer: str) -> list[str]:
         """The other layers whose filters go together with those of `layer`."""
         own = self.out[layer][self.out[layer] >= 0]
-        return [name for name, ids in self.out.items() if name != layer and np.isin(ids, own).any()]
+        return [name for name in self.layers if name != layer and np.isin(self.out[name], own).any()]
 
     def groups(self) -> list[Ints]:
         """Components that share a layer's output, or have to be balanced: those to be tried together."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import nn
 
 from ..dense import plain_copy
 from ..errors import SparsepruneWarning, VerificationError
+from ..tables import aligned
 from .blocks import drop_residual_blocks
 from .constancy import find_constants
 from .coupling import OUTPUT, Coupling, couple
@@ -72,9 +72,7 @@ class CompactReport:
 
     def __str__(self) -> str:
         rows = [(layer.name, _shape(layer.before), _shape(layer.after)) for layer in self.layers]
-        widths = [max(map(len, column)) for column in zip(("layer", "before", "after"), *rows, strict=True)]
-        table = [("layer", "before", "after"), *rows]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines = aligned([("layer", "before", "after"), *rows], "<<<")
         lines += [f"left out: {name}" for name in self.dropped]
         lines += [f"{each.layer}: {each.filters} zero filters stay: {each.reason}" for each in self.stayed]
         before, after = self.parameters
@@ -132,7 +130,7 @@ def compact(model: _Model, example_inputs: Any, *, drop_blocks: Iterable[str] | 
     planner = Planner(coupling, constants)
     removed = planner.plan()
     expected = outputs_of(whole, args)
-    small = shrink(copy.deepcopy(whole), planner, removed)
+    small = shrink(plain_copy(whole), planner, removed)
     if find_trouble(small, expected) is not None:  # which part of it is not possible?
         for group in coupling.groups():
             part = np.zeros_like(removed)
@@ -141,7 +139,7 @@ def compact(model: _Model, example_inputs: Any, *, drop_blocks: Iterable[str] | 
                 coupling.blocked.update(dict.fromkeys(group.tolist(), trouble))
         planner = Planner(coupling, constants)
         removed = planner.plan()
-        small = shrink(copy.deepcopy(whole), planner, removed)
+        small = shrink(plain_copy(whole), planner, removed)
         if (trouble := find_trouble(small, expected)) is not None:
             raise VerificationError(f"the smaller model does not compute what the given one does: {trouble}")
     _restore_flags(small, model)

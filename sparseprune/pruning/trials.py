@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..dense import plain_copy
 from .coupling import Coupling
 from .layer_weights import get_taps, set_taps
 from .removal_plan import Planner, flags_of
@@ -57,7 +57,7 @@ def find_trouble(model: nn.Module, expected: Outputs) -> str | None:
 
 def removal_trouble(model: nn.Module, args: tuple[Any, ...], coupling: Coupling, removed: Bools) -> str | None:
     """What goes wrong when components go that nobody reads: their columns are zeroed for that. Copies `model`."""
-    zeroed = copy.deepcopy(model)
+    zeroed = plain_copy(model)
     for name in coupling.readers():
         layer = zeroed.get_submodule(name)
         gone = flags_of(coupling.into[name], removed)
