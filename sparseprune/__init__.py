@@ -17,11 +17,8 @@ _HOMES = {
     "load_weights": "files",
     "save_weights": "files",
     "prune": "pruning",
-<<<<<<< HEAD
     "compact": "pruning",
-=======
     "apply_masks": "pruning",
->>>>>>> main
     "hold_zeros": "pruning",
     "to_torch_prune": "pruning",
     "finalize": "pruning",
@@ -41,11 +38,7 @@ _HOMES = {
     "UnsupportedError": "errors",
     "VerificationError": "errors",
 }
-<<<<<<< HEAD
-_MODULES = ("errors", "graph", "nn", "ops", "pruning", "runtime", "testing", "training", "zoo")
-=======
-_MODULES = ("errors", "graph", "nn", "ops", "pruning", "regularizers", "runtime", "training", "zoo")
->>>>>>> main
+_MODULES = ("errors", "graph", "nn", "ops", "pruning", "regularizers", "runtime", "testing", "training", "zoo")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

@@ -24,9 +24,9 @@ from .files import load_weights as load_weights
 from .files import save_weights as save_weights
 from .module import SparseModule as SparseModule
 from .module import load as load
-from .pruning import compact as compact
 from .pruning import Pruner as Pruner
 from .pruning import apply_masks as apply_masks
+from .pruning import compact as compact
 from .pruning import finalize as finalize
 from .pruning import hold_zeros as hold_zeros
 from .pruning import prune as prune
