@@ -1,6 +1,6 @@
-"""The `sparseprune` command: `benchmark` a network, `inspect` a file, `doctor` says what is missing.
+"""The `sparseprune` command: `benchmark` a network, `convert` one, `inspect` a file, `doctor` says what is missing.
 
-A user's mistake is one line on stderr and exit status 2. torch is imported only by `benchmark`.
+A user's mistake is one line on stderr and exit status 2. torch is imported only by `benchmark` and `convert`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .cli_convert import add_convert
 from .errors import SparsepruneError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = ["main"]
 _EPILOG = """examples:
   sparseprune benchmark resnet18-32 --sparsity 0.95 --threads 2
   sparseprune benchmark my_models:make_net --weights pruned.pt --input-shape 1,3,224,224 --json out.json
+  sparseprune convert my_models:make_net pruned.pt -o model.spr --input-shape 1,3,224,224
   sparseprune inspect model.spr
   sparseprune doctor
 """
@@ -84,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=_count, default=8, metavar="N", help="short blocks per candidate (default 8)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     bench.set_defaults(run=_benchmark)
+
+    add_convert(commands)
 
     inspect = commands.add_parser("inspect", help="print what a program (.spr) or a weights file holds")
     inspect.add_argument("file", type=Path, metavar="FILE")
@@ -246,6 +250,10 @@ def _program_report(about: dict[str, Any], path: Path) -> str:
             row += f" {shape:>18} {layer['kept']:12,} {_percent(layer['kept'], layer['total']):>9}"
         lines.append(row.rstrip())
     lines += ["", f"{kept:,} of {total:,} weights kept, {_percent(kept, total)} zero; {about['nbytes']:,} bytes packed"]
+    if any(layer.get("stored") == "float16" for layer in about["layers"]):
+        lines.append("weights were rounded to float16 when the file was written")
+    if "planning" in about:
+        lines.append(about["planning"])
     return "\n".join(lines)
 
 
