@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 
 void test_reader();
+void test_malformed();
 void test_parallel();
 void fuzz_layers(const std::string& isa, int cases);
 void test_activations(const std::string& isa);
@@ -20,6 +21,7 @@ int main(int argc, char** argv) {
     std::vector<std::string> isas(argv + (argc > 2 ? 2 : argc), argv + argc);
     if (isas.empty()) isas = sparseprune::supported_isas();
     test_reader();
+    test_malformed();
     test_parallel();
     for (const std::string& isa : isas) {
         test_activations(isa);
