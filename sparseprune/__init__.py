@@ -37,6 +37,7 @@ _HOMES = {
     "prune_uniform": "synthetic",
     "num_threads": "threads",
     "set_num_threads": "threads",
+    "CudaError": "errors",
     "FormatError": "errors",
     "SparsepruneError": "errors",
     "SparsepruneWarning": "errors",

@@ -15,6 +15,7 @@ from .benchmarking import benchmark as benchmark
 from .bsr import BlockCSR as BlockCSR
 from .conversion import convert as convert
 from .distillation import Distillation as Distillation
+from .errors import CudaError as CudaError
 from .errors import FormatError as FormatError
 from .errors import SparsepruneError as SparsepruneError
 from .errors import SparsepruneWarning as SparsepruneWarning

@@ -11,6 +11,7 @@
 void test_reader();
 void test_malformed();
 void test_parallel();
+void test_cuda(int cases);
 void fuzz_layers(const std::string& isa, int cases);
 void test_activations(const std::string& isa);
 void fuzz_tensor(const std::string& isa, int cases);
@@ -23,6 +24,7 @@ int main(int argc, char** argv) {
     test_reader();
     test_malformed();
     test_parallel();
+    test_cuda(cases / 50);
     for (const std::string& isa : isas) {
         test_activations(isa);
         fuzz_tensor(isa, cases);
