@@ -8,11 +8,14 @@ from . import runtime as runtime
 from . import testing as testing
 from . import training as training
 from . import zoo as zoo
+from .autoprune_results import AutopruneResult as AutopruneResult
+from .autopruning import autoprune as autoprune
 from .benchmarking import BenchmarkResult as BenchmarkResult
 from .benchmarking import benchmark as benchmark
 from .bsr import BlockCSR as BlockCSR
 from .conversion import convert as convert
 from .distillation import Distillation as Distillation
+from .errors import CudaError as CudaError
 from .errors import FormatError as FormatError
 from .errors import SparsepruneError as SparsepruneError
 from .errors import SparsepruneWarning as SparsepruneWarning
@@ -22,6 +25,7 @@ from .evaluation import evaluate as evaluate
 from .files import load_pruned as load_pruned
 from .files import load_weights as load_weights
 from .files import save_weights as save_weights
+from .latency import LatencyTable as LatencyTable
 from .module import SparseModule as SparseModule
 from .module import load as load
 from .pruning import Pruner as Pruner
@@ -32,6 +36,8 @@ from .pruning import hold_zeros as hold_zeros
 from .pruning import prune as prune
 from .pruning import summary as summary
 from .pruning import to_torch_prune as to_torch_prune
+from .sensitivities import Sensitivity as Sensitivity
+from .sensitivities import sensitivity as sensitivity
 from .synthetic import prune_uniform as prune_uniform
 from .threads import num_threads as num_threads
 from .threads import set_num_threads as set_num_threads

@@ -1,4 +1,4 @@
-"""The `sparseprune` command: `prune`, `compact`, `benchmark` and `inspect` a model; `doctor` says what is missing.
+"""The `sparseprune` command: prune, compact, convert, benchmark, inspect a model; doctor says what is missing.
 
 A user's mistake is one line on stderr and exit status 2. torch is imported only by what has a model to load.
 """
@@ -29,6 +29,7 @@ from .cli_common import (
     sizes,
     write,
 )
+from .cli_convert import add_convert
 from .errors import SparsepruneError
 
 __all__ = ["main"]
@@ -38,6 +39,7 @@ _EPILOG = """examples:
   sparseprune compact my_models:make_net --weights pruned.safetensors --input-shape 1,3,224,224 -o small.pt2
   sparseprune benchmark resnet18-32 --sparsity 0.95 --threads 2
   sparseprune benchmark my_models:make_net --weights pruned.pt --input-shape 1,3,224,224 --json out.json
+  sparseprune convert my_models:make_net pruned.pt -o model.spr --input-shape 1,3,224,224
   sparseprune inspect model.spr
   sparseprune inspect my_models:make_net --weights pruned.safetensors
   sparseprune doctor
@@ -89,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=count, default=8, metavar="N", help="short blocks per candidate (default 8)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     bench.set_defaults(run=_benchmark)
+
+    add_convert(commands)
 
     inspect = commands.add_parser("inspect", help="print what a program (.spr), a weights file or a model holds")
     inspect.add_argument("target", metavar="TARGET", help="a file, a network's name, or package.module:factory")
@@ -181,6 +185,10 @@ def _program_report(about: dict[str, Any], path: Path) -> str:
             row += f" {shape:>18} {layer['kept']:12,} {_percent(layer['kept'], layer['total']):>9}"
         lines.append(row.rstrip())
     lines += ["", f"{kept:,} of {total:,} weights kept, {_percent(kept, total)} zero; {about['nbytes']:,} bytes packed"]
+    if any(layer.get("stored") == "float16" for layer in about["layers"]):
+        lines.append("weights were rounded to float16 when the file was written")
+    if "planning" in about:
+        lines.append(about["planning"])
     return "\n".join(lines)
 
 

@@ -94,7 +94,7 @@ def test_filters_are_weight_times_gradient_example_by_example(normalize: bool) -
 def test_other_slices_are_summed_before_the_absolute_value(dim: int) -> None:
     model, (x, y) = network(), examples()
     product = products(model, ["0.weight"], x, y)["0.weight"]
-    scores = unit_scores(Taylor([(x, y)], normalize=False, progress=False), model, Slice(dim), "0.weight")["0.weight"]
+    scores = unit_scores(Taylor([(x, y)], progress=False), model, Slice(dim), "0.weight")["0.weight"]
     assert torch.allclose(scores, product.transpose(0, dim).flatten(1).sum(1).abs(), atol=1e-6)
 
 
@@ -124,13 +124,13 @@ def test_filters_of_unusual_layers() -> None:
     model = Unusual()
     x, y = torch.randn(4, 7, 4), torch.tensor([0, 3, 1, 4])
     names = ["twice.weight", "direct.weight", "tied.weight", "head.weight", "up.weight"]
-    one = Taylor([(x[:1], y[:1])], normalize=False, progress=False)
+    one = Taylor([(x[:1], y[:1])], progress=False)
     scores, product = unit_scores(one, model, Slice(0), *names), products(model, names, x[:1], y[:1])
     for name in names[:-1]:
         assert torch.allclose(scores[name], product[name].sum(1).abs(), atol=1e-6), name
     grouped = product["up.weight"].reshape(2, 2, 3, 3).sum((1, 3)).flatten()  # (groups, in, out, k)
     assert torch.allclose(scores["up.weight"], grouped.abs(), atol=1e-6)
-    prune(model, 0.4, criterion=Taylor([(x, y)], progress=False), pattern="filter")
+    prune(model, 0.4, criterion=Taylor([(x, y)], progress=False), pattern="filter", min_density=0.2)
     assert torch.equal(get_mask(model.tied), get_mask(model.again))
 
 

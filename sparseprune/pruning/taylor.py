@@ -39,8 +39,9 @@ class Taylor(Criterion):
         batches: yields (inputs, targets), or (input1, input2, ..., targets); a DataLoader or a list, since every call
             of `prune` runs through it (an iterator is used up by the first). Some hundreds of examples are enough.
         loss: `(outputs, targets) -> scalar`; cross entropy if None.
-        normalize: divide the scores of each layer's slices (filters, channels, rows, columns) by their L2 norm, as the
-            paper does before it ranks filters of different layers together.
+        normalize: divide the scores of each layer's slices (filters, channels, rows, columns) by their L2 norm before
+            layers are ranked together. The paper does; networks with batch norm do better without (so found too by
+            Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, arXiv:1906.10771).
         progress: show a bar.
 
     Raises:
@@ -54,7 +55,7 @@ class Taylor(Criterion):
     """
 
     def __init__(
-        self, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None, *, normalize: bool = True,
+        self, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None, *, normalize: bool = False,
         progress: bool = True,
     ) -> None:  # fmt: skip
         if isinstance(batches, (Tensor, str, Mapping, nn.Module)) or not isinstance(batches, Iterable):

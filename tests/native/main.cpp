@@ -9,7 +9,9 @@
 #include "cpu/isa.h"
 
 void test_reader();
+void test_malformed();
 void test_parallel();
+void test_cuda(int cases);
 void fuzz_layers(const std::string& isa, int cases);
 void test_activations(const std::string& isa);
 void fuzz_tensor(const std::string& isa, int cases);
@@ -20,7 +22,9 @@ int main(int argc, char** argv) {
     std::vector<std::string> isas(argv + (argc > 2 ? 2 : argc), argv + argc);
     if (isas.empty()) isas = sparseprune::supported_isas();
     test_reader();
+    test_malformed();
     test_parallel();
+    test_cuda(cases / 50);
     for (const std::string& isa : isas) {
         test_activations(isa);
         fuzz_tensor(isa, cases);
