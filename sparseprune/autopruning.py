@@ -222,8 +222,8 @@ def _scores(
             bar.update()
 
         coefficients = search_coefficients(
-            lambda chosen: candidates.loss(chosen, batches, loss, autocast), prior, choices.costs, target - choices.fixed_ms,
-            trials=trials, generator=np.random.default_rng(seed), step=step,
+            lambda chosen: candidates.loss(chosen, batches, loss, autocast), prior, choices.costs,
+            target - choices.fixed_ms, trials=trials, generator=np.random.default_rng(seed), step=step,
         )  # fmt: skip
     return np.asarray(coefficients[:, None] * prior)
 

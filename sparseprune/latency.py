@@ -279,8 +279,8 @@ def _uniform(
 def _split(weights: Sequence[PrunableWeight], points: Sequence[Profile]) -> tuple[dict[str, LayerLatency], float]:
     """Each layer's times and the rest, so that both add up to the whole at every point.
 
-    A busy network pushes out of the caches what the call around it needs, so what that takes beyond the least seen is
-    the layers' doing: each gets of it in proportion to its time.
+    The rest is that of the fastest point. A busy network pushes out of the caches what the call around it needs, so what
+    that takes beyond is the layers' doing: each gets of it in proportion to its time.
     """
     times = {
         weight.layer: np.array(
@@ -292,7 +292,7 @@ def _split(weights: Sequence[PrunableWeight], points: Sequence[Profile]) -> tupl
     if not times:
         raise ValueError("no layer that include and exclude select is in the model's native program")
     whole, inside = np.array([point.whole for point in points]), np.sum(list(times.values()), axis=0)
-    rest = max(0.0, float((whole - inside).min()))
+    rest = max(0.0, float((whole - inside)[whole.argmin()]))
     shapes = {weight.layer: tuple(weight.values().shape) for weight in weights}
     scaled = {layer: (ms * (whole - rest) / inside).tolist() for layer, ms in times.items()}
     return {layer: LayerLatency(shapes[layer], tuple(ms)) for layer, ms in scaled.items()}, rest
