@@ -208,7 +208,7 @@ for path in sys.argv[1:]:
 
 def test_declared_sizes_are_not_allocated(tmp_path: Path) -> None:
     """Each declares gigabytes; the process that reads them may have 64 MiB more than it has."""
-    paths = []
+    paths: list[Path] = []
     for case in ("an absurd shape", "an overflowing shape", "rows that are not there", "rows beyond the columns"):
         paths.append(tmp_path / f"{len(paths)}.spr")
         paths[-1].write_bytes(rebuilt(CASES[case][1]))
