@@ -2,7 +2,8 @@
 
 The kernels are those of `csrc/cuda`, in the optional extension `_cuda` (built with `SPARSEPRUNE_CUDA=ON`): spmm
 (related work: Gale et al., *Sparse GPU Kernels for Deep Learning*, 2020, arXiv 2006.10901), blocks and vectors on
-tensor cores, gemv for a few inputs. Dense cuDNN or cuBLAS and torch's 2:4 path take part too: nothing runs because it is ours.
+tensor cores, gemv for a few inputs. Dense cuDNN or cuBLAS and torch's 2:4 path take part too: nothing runs because it
+is ours.
 """
 
 from __future__ import annotations
