@@ -1,4 +1,4 @@
-"""The front door of pruning: `prune`, `hold_zeros` and `finalize`."""
+"""The front door of pruning: `prune`, `hold_zeros`, `apply_masks` and `finalize`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def prune(
         min_density: a floor against layer collapse: no layer keeps less than this share of its weights, in whole
             units, and the others make up for it; a layer that is below it already stays as it is. 0 by default, as
             the papers rank: whether a layer may vanish (a residual branch, say, which is pure speed) is for the user
-            to say. 0.01 is a sane floor for a network that has no branches to spare.
+            to say.
         seed: for random criteria; None draws from torch's global generator.
 
     Returns:
