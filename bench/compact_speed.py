@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="folder of the prepared models")
     parser.add_argument("--prepare", action="store_true", help="make the models; nothing is timed")
     parser.add_argument("--left", type=float, default=0.5, help="share of the multiply-adds that is left")
-    parser.add_argument("--multiple", type=int, default=1, help="leave a multiple of so many channels in each layer")
+    parser.add_argument("--multiple", type=int, default=1, help="compact's multiple_of")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=0.25, help="of each block")
@@ -75,20 +75,34 @@ def prepared(name: str, left: float, multiple: int) -> tuple[nn.Module, nn.Modul
     fit_scale(model, [x])
     macs = {layer.name: layer.macs or 0 for layer in summary(model, x).layers}
     coupling = couple(copy.deepcopy(model), (x,))
+    target, small = left, None
+    for _ in range(3):  # constants that stay are not foreseen
+        removed = halved(coupling, macs, target, multiple)
+        masked = copy.deepcopy(model)
+        with torch.no_grad():
+            for layer, components in coupling.out.items():
+                weight = masked.get_submodule(layer).weight
+                weight[flags_of(components, removed)] = 0  # type: ignore[operator, index]
+        small = compact(masked, x, multiple_of=multiple)
+        found = (summary(small, x).macs or 0) / sum(macs.values())
+        if found <= left:
+            break
+        target -= found - left
+    assert small is not None
+    print(f"{name}\n{small.compact_report}", flush=True)
+    return masked, small
+
+
+def halved(coupling: Coupling, macs: dict[str, int], left: float, multiple: int) -> Bools:
+    """As many components as leave this share of the multiply-adds."""
     low, high = 0.0, 1.0
-    for _ in range(20):  # the share of filters that goes
+    for _ in range(20):
         share = (low + high) / 2
-        removed = chosen(coupling, share, multiple)
-        if counted(coupling, removed, macs) > left * sum(macs.values()):
+        if counted(coupling, chosen(coupling, share, multiple), macs) > left * sum(macs.values()):
             low = share
         else:
             high = share
-    with torch.no_grad():
-        for layer, components in coupling.out.items():
-            model.get_submodule(layer).weight[flags_of(components, removed)] = 0  # type: ignore[operator, index]
-    small = compact(model, x)
-    print(f"{name}: {share:.1%} of the filters\n{small.compact_report}")
-    return model, small
+    return chosen(coupling, high, multiple)
 
 
 def chosen(coupling: Coupling, share: float, multiple: int) -> Bools:
@@ -98,6 +112,7 @@ def chosen(coupling: Coupling, share: float, multiple: int) -> Bools:
     for group in coupling.groups():
         own = generator.permutation([component for component in group if component not in coupling.blocked])
         kept = max(multiple, round(len(own) * (1 - share) / multiple) * multiple)
+        kept -= multiple > 1  # room for a constant that stays; without one, compact keeps another
         removed[own[kept:].astype(np.int64)] = True
     return removed
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cli_common import (
     UsageError,
+    count,
     load_model,
     load_weights,
     named,
@@ -51,6 +52,8 @@ def add_commands(commands: Any) -> None:
     compact.add_argument("--input-shape", type=sizes, action="append", metavar="N,C,H,W",
                          help="with the batch; needed for package.module:factory; once for each input")  # fmt: skip
     compact.add_argument("--drop-blocks", type=names, default=(), metavar="A,B", help="residual blocks to leave out")
+    compact.add_argument("--multiple-of", type=count, default=1, metavar="N",
+                         help="leave a multiple of N channels in each layer, 8 or 16 say (default 1)")  # fmt: skip
     compact.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.pt2",
                          help="a torch.export archive: torch.export.load(FILE).module() runs it without its "
                               "Python code")  # fmt: skip
@@ -114,7 +117,7 @@ def _compact(args: argparse.Namespace) -> int:
 
     inputs = _inputs(shapes)
     try:
-        small = compact(model, inputs, drop_blocks=args.drop_blocks)
+        small = compact(model, inputs, drop_blocks=args.drop_blocks, multiple_of=args.multiple_of)
     except ImportError as exc:
         raise UsageError(str(exc)) from exc
     archive = _exported(small, inputs)

@@ -476,6 +476,19 @@ def test_relu_that_is_dead_on_the_example_only() -> None:
     assert widths(check(model, (1, 3, 8, 8))) == [8, 4]
 
 
+def test_multiples_of_channels() -> None:
+    model = zero_random(randomize(zoo.MobileNetV2(10, width=0.35)), 0.5)
+    small = check(model, (1, 3, 32, 32), multiple_of=8)
+    assert all(width % 8 == 0 for width in widths(small)[:-1])
+    assert small.compact_report.parameters[1] < 0.6 * small.compact_report.parameters[0]
+    assert "multiple_of=8, or" in str(small.compact_report)
+    odd = randomize(nn.Sequential(nn.Conv2d(3, 13, 1), nn.ReLU(), nn.Conv2d(13, 4, 1)))
+    zero(odd[0], 1, 2, 3)
+    assert [widths(check(odd, (1, 3, 4, 4), multiple_of=n))[0] for n in (1, 4, 6, 16)] == [10, 12, 12, 13]
+    with pytest.raises(ValueError, match="multiple_of must be a positive whole number, got 0"):
+        compact(odd, torch.zeros(1, 3, 4, 4).double(), multiple_of=0)
+
+
 def test_drop_blocks() -> None:
     model = randomize(zoo.resnet18_32(width=4, blocks=(2, 2)))
     kept = copy.deepcopy(model)

@@ -79,7 +79,9 @@ class CompactReport:
         return "\n".join([*lines, f"{before:,} parameters before, {after:,} after"])
 
 
-def compact(model: _Model, example_inputs: Any, *, drop_blocks: Iterable[str] | str = ()) -> _Model:
+def compact(
+    model: _Model, example_inputs: Any, *, drop_blocks: Iterable[str] | str = (), multiple_of: int = 1
+) -> _Model:
     """Remove pruned filters, channels and neurons physically, with all that depends on them.
 
     What goes are channels that are constant (a filter without weights gives its bias, which batch norm and activation
@@ -99,6 +101,8 @@ def compact(model: _Model, example_inputs: Any, *, drop_blocks: Iterable[str] | 
         drop_blocks: names of residual blocks to leave out, such as "layer3.1": identity takes their place, or, where
             shapes differ, the block's own module called downsample, shortcut, skip or projection. That changes the
             outputs; the removal of channels afterwards does not.
+        multiple_of: leave some zero filters, so that each layer has a multiple of so many channels (or all it had):
+            torch's kernels compute in blocks of 8 or 16, and depthwise convolutions gain from whole ones.
 
     Returns:
         A copy of the model with plain parameters: the same classes and names, smaller layers, modes and `requires_grad`
@@ -108,7 +112,7 @@ def compact(model: _Model, example_inputs: Any, *, drop_blocks: Iterable[str] | 
     Raises:
         ImportError: `torch-pruning` is not installed (`pip install 'sparseprune[compact]'`).
         TypeError: `model` is no module.
-        ValueError: a name in `drop_blocks` is no block that can be left out.
+        ValueError: a name in `drop_blocks` is no block that can be left out; `multiple_of` is not positive.
         UnsupportedError: the model fails on the example, or cannot be traced.
         VerificationError: the smaller model computes something else (none is returned).
 
@@ -121,13 +125,15 @@ def compact(model: _Model, example_inputs: Any, *, drop_blocks: Iterable[str] | 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ValueError(f"multiple_of must be a positive whole number, got {multiple_of!r}")
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     whole = plain_copy(model)
     parameters = _count(whole)
     dropped = drop_residual_blocks(whole, args, drop_blocks)
     coupling = couple(whole, args)
     constants = find_constants(whole, args, coupling)
-    planner = Planner(coupling, constants)
+    planner = Planner(coupling, constants, multiple_of)
     removed = planner.plan()
     expected = outputs_of(whole, args)
     small = shrink(plain_copy(whole), planner, removed)
@@ -137,7 +143,7 @@ def compact(model: _Model, example_inputs: Any, *, drop_blocks: Iterable[str] | 
             part[group] = removed[group]
             if part.any() and (trouble := removal_trouble(whole, args, coupling, part)) is not None:
                 coupling.blocked.update(dict.fromkeys(group.tolist(), trouble))
-        planner = Planner(coupling, constants)
+        planner = Planner(coupling, constants, multiple_of)
         removed = planner.plan()
         small = shrink(plain_copy(whole), planner, removed)
         if (trouble := find_trouble(small, expected)) is not None:
@@ -188,6 +194,7 @@ def _stayed(planner: Planner, removed: Bools) -> tuple[Stayed, ...]:
             reason = coupling.blocked.get(component) or planner.held.get(component)
             if reason is None and component not in varying:
                 reason = "as many have to go from each part of a tensor that is cut, or of a grouped convolution"
+                reason = reason if planner.multiple_of == 1 else f"multiple_of={planner.multiple_of}, or {reason}"
             elif reason is None and others:
                 reason = f"coupled with those of {others}, which are not all zero"
             elif reason is None:

@@ -28,11 +28,13 @@ class Planner:
     Attributes:
         coupling: What goes together.
         constants: Each layer's input channels, NaN where they are no constants.
+        multiple_of: How many channels are left in each layer: a multiple of this, where there are so many.
         held: Why a component stays that could go by itself.
     """
 
     coupling: Coupling
     constants: dict[str, Doubles]
+    multiple_of: int = 1
     held: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,6 +103,10 @@ class Planner:
             last = going.copy()
             for parts in self.coupling.balanced:
                 _balance(parts, going, before)
+            for ids in self.coupling.out.values():
+                leaving = ids[flags_of(ids, going)]
+                short = (len(leaving) - len(ids)) % self.multiple_of
+                going[_last(leaving, short, before)] = False
             for ids in [*self.coupling.out.values(), *self.coupling.into.values()]:
                 if len(ids) and (ids >= 0).all() and going[ids].all():
                     going[ids[0]] = False
@@ -123,5 +129,10 @@ def _balance(parts: tuple[Ints, ...], going: Bools, before: Bools) -> None:
     times = min(int(flags_of(part, going).sum()) // share for part, share in zip(parts, shares, strict=True))
     for part, share in zip(parts, shares, strict=True):
         leaving = part[flags_of(part, going)]
-        order = np.argsort(~before[leaving], kind="stable")
-        going[leaving[order][times * share :]] = False
+        going[_last(leaving, len(leaving) - times * share, before)] = False
+
+
+def _last(leaving: Ints, count: int, before: Bools) -> Ints:
+    """The last so many, those first that were not found to go earlier."""
+    order = np.argsort(~before[leaving], kind="stable")
+    return leaving[order][max(len(leaving) - count, 0) :]
