@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["FormatError", "SparsepruneError", "SparsepruneWarning", "UnsupportedError", "VerificationError"]
+__all__ = [
+    "CudaError",
+    "FormatError",
+    "SparsepruneError",
+    "SparsepruneWarning",
+    "UnsupportedError",
+    "VerificationError",
+]
 
 
 class SparsepruneError(Exception):
     """Base of every error of this package that is not a plain `ValueError` or `TypeError`."""
+
+
+class CudaError(SparsepruneError, RuntimeError):
+    """The driver or a CUDA call failed; the message names the call and the error, or says what to install."""
 
 
 class FormatError(SparsepruneError, ValueError):

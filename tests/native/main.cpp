@@ -12,6 +12,7 @@ void test_reader();
 void test_malformed();
 void test_parallel();
 int replay_corpus(const std::string& folder);
+void test_cuda(int cases);
 void fuzz_layers(const std::string& isa, int cases);
 void test_activations(const std::string& isa);
 void fuzz_tensor(const std::string& isa, int cases);
@@ -25,6 +26,7 @@ int main(int argc, char** argv) {
     test_malformed();
     test_parallel();
     std::printf("%d files of the fuzzer's corpus\n", replay_corpus(SPARSEPRUNE_CORPUS));
+    test_cuda(cases / 50);
     for (const std::string& isa : isas) {
         test_activations(isa);
         fuzz_tensor(isa, cases);
