@@ -3,8 +3,8 @@
     python bench/startup.py                   # ResNet-18 and ResNet-50 with zeros (needs torch to make them)
     python bench/startup.py model.spr --input-shape 1,3,224,224 --repeats 9
 
-Each measurement is a fresh process: `import sparseprune.runtime`, `load`, one call. "process" is all of it, Python's own
-start and end included. "load MiB" is the highest resident set during `load`, less that before it and the file's size.
+Each measurement is a fresh process: `import sparseprune.runtime`, `load`, one call. "process" is all of it, Python's
+own start and end included. "load MiB" is the highest resident set during `load`, less that before it and the file.
 """
 
 from __future__ import annotations
