@@ -277,7 +277,7 @@ def _uniform(
 
 
 def _split(weights: Sequence[PrunableWeight], points: Sequence[Profile]) -> tuple[dict[str, LayerLatency], float]:
-    """Each layer's times and the rest, so that both add up to the whole at every point.
+    """Each layer's times and the rest, so that both add up to the whole everywhere.
 
     The rest is that of the fastest point. A busy network pushes out of the caches what the call around it needs, so what
     that takes beyond is the layers' doing: each gets of it in proportion to its time.
