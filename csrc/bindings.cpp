@@ -10,6 +10,7 @@
 #include "parallel.h"
 #include "program.h"
 #include "reader.h"
+#include "safetensors.h"
 #include "tuner.h"
 
 namespace py = pybind11;
@@ -95,6 +96,7 @@ py::list layer_list(const Graph& graph) {
             d["shape"] = py::tuple(py::cast(w.shape));
             d["total"] = total;
             d["kept"] = w.sparse ? w.sparse->kept() : total;
+            d["stored"] = w.half ? "float16" : "float32";
             d["block_shape"] = w.sparse ? py::make_tuple(w.sparse->block_rows(), w.sparse->block_cols()) : py::make_tuple(int64_t{1}, int64_t{1});
             d["block_density"] = w.sparse ? static_cast<double>(w.sparse->nnz_blocks() * w.sparse->block_rows() * w.sparse->block_cols()) /
                                                 static_cast<double>(total)
@@ -211,6 +213,7 @@ void bind_program(py::module_& m) {
     py::class_<Program, std::shared_ptr<Program>>(m, "Program")
         .def(py::init([](const py::bytes& data) {
                  const std::string_view view = data;
+                 py::gil_scoped_release released;
                  return std::make_shared<Program>(read_program(reinterpret_cast<const uint8_t*>(view.data()), view.size()));
              }),
              py::arg("data"))
@@ -235,7 +238,7 @@ void bind_program(py::module_& m) {
                                        tuned = p.tuned();
                                    }
                                    py::list out;
-                                   for (const Tuned& t : tuned) out.append(py::make_tuple(t.isa, t.shapes, choice_list(t.choices)));
+                                   for (const Tuned& t : tuned) out.append(py::make_tuple(t.isa, t.shapes, choice_list(t.choices), t.threads));
                                    return out;
                                })
         .def_property_readonly("layers", [](const Program& p) { return layer_list(p.graph()); })
@@ -309,6 +312,14 @@ PYBIND11_MODULE(_native, m) {
     });
     bind_block_csr(m);
     bind_program(m);
+    m.def(
+        "seal",
+        [](const py::bytes& data) {
+            std::string copy = data;
+            seal(reinterpret_cast<uint8_t*>(copy.data()), copy.size());
+            return py::bytes(copy);
+        },
+        py::arg("data"));
     m.def("available_cores", &available_cores);
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", &set_num_threads, py::arg("n"));

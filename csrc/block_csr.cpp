@@ -1,6 +1,7 @@
 // The gate of the canonical weight: a BlockCSR that exists has every invariant that block_csr.h lists.
 #include "block_csr.h"
 
+#include <algorithm>
 #include <bitset>
 #include <limits>
 #include <utility>
@@ -75,6 +76,10 @@ void check_columns(const std::vector<int32_t>& crow, const std::vector<int32_t>&
     }
 }
 
+void check_value_count(int64_t values, int64_t kept) {
+    if (values != kept) throw ValueError(message("values has ", values, " elements, expected ", kept, ", the entries kept"));
+}
+
 void check_masks(const std::vector<uint64_t>& masks, int64_t nnz_blocks, uint64_t full, int64_t value_count) {
     if (static_cast<int64_t>(masks.size()) != nnz_blocks)
         throw ValueError(message("masks has ", masks.size(), " elements, expected ", nnz_blocks));
@@ -85,11 +90,8 @@ void check_masks(const std::vector<uint64_t>& masks, int64_t nnz_blocks, uint64_
             throw ValueError(message("masks[", i, "]=", masks[i], " has bits outside the block: expected at most ", full));
         kept += popcount(masks[i]);
     }
-    if (kept != value_count)
-        throw ValueError(message("values has ", value_count, " elements, expected ", kept, ", the entries kept"));
+    check_value_count(value_count, kept);
 }
-
-uint64_t full_mask(int64_t block_rows, int64_t block_cols) { return ~uint64_t{0} >> (64 - block_rows * block_cols); }
 
 // visit(row, col, value) for each kept entry, block by block in bit order; in each row the columns ascend.
 template <class Visit>
@@ -101,8 +103,9 @@ void for_each_kept(const BlockCSR& weight, Visit visit) {
         const auto last = static_cast<size_t>(weight.crow_indices()[block_row + 1]);
         for (auto i = static_cast<size_t>(weight.crow_indices()[block_row]); i < last; ++i) {
             const int64_t col = weight.col_indices()[i] * C;
+            const uint64_t mask = weight.mask(i);
             for (int64_t bit = 0; bit < bits; ++bit)
-                if ((weight.masks()[i] >> bit) & 1) visit(row + bit / C, col + bit % C, weight.values()[next++]);
+                if ((mask >> bit) & 1) visit(row + bit / C, col + bit % C, weight.values()[next++]);
         }
     }
 }
@@ -127,9 +130,17 @@ BlockCSR::BlockCSR(std::vector<int64_t> shape, int64_t block_rows, int64_t block
     cols_ = matrix.cols;
     check_crow(crow_indices_, rows_ / block_rows_, nnz_blocks());
     check_columns(crow_indices_, col_indices_, cols_ / block_cols_);
-    const uint64_t full = full_mask(block_rows_, block_cols_);
-    if (masks_.empty()) masks_.assign(col_indices_.size(), full);
+    if (masks_.empty()) {
+        check_value_count(kept(), nnz_blocks() * block_rows_ * block_cols_);
+        return;
+    }
+    const uint64_t full = full_mask();
     check_masks(masks_, nnz_blocks(), full, kept());
+    if (std::all_of(masks_.begin(), masks_.end(), [full](uint64_t mask) { return mask == full; })) std::vector<uint64_t>().swap(masks_);
+}
+
+std::vector<uint64_t> BlockCSR::masks() const {
+    return masks_.empty() ? std::vector<uint64_t>(col_indices_.size(), full_mask()) : masks_;
 }
 
 BlockCSR BlockCSR::from_dense(const float* dense, const uint8_t* mask, std::vector<int64_t> shape, int64_t block_rows,

@@ -28,16 +28,19 @@ public:
     int64_t block_cols() const { return block_cols_; }
     const std::vector<int32_t>& crow_indices() const { return crow_indices_; }
     const std::vector<int32_t>& col_indices() const { return col_indices_; }
-    const std::vector<uint64_t>& masks() const { return masks_; }  // always one a block
+    std::vector<uint64_t> masks() const;  // always one a block
+    uint64_t mask(size_t block) const { return masks_.empty() ? full_mask() : masks_[block]; }
     const std::vector<float>& values() const { return values_; }
     int64_t nnz_blocks() const { return static_cast<int64_t>(col_indices_.size()); }
     int64_t kept() const { return static_cast<int64_t>(values_.size()); }
 
 private:
+    uint64_t full_mask() const { return ~uint64_t{0} >> (64 - block_rows_ * block_cols_); }
+
     std::vector<int64_t> shape_;
     int64_t rows_, cols_, block_rows_, block_cols_;
     std::vector<int32_t> crow_indices_, col_indices_;
-    std::vector<uint64_t> masks_;
+    std::vector<uint64_t> masks_;  // empty where every block is full: 1x1 blocks would take 8 bytes more a kept weight
     std::vector<float> values_;
 };
 

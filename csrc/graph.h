@@ -47,6 +47,7 @@ struct Weight {
     Shape shape;                        // as torch has it
     std::shared_ptr<const BlockCSR> sparse;  // exactly one of the two is set
     std::shared_ptr<const std::vector<float>> dense;
+    bool half = false;  // the file held float16: rounded once, when it was written
     int64_t rows() const { return shape[0]; }
     int64_t cols() const;
 };
@@ -91,6 +92,7 @@ struct Tuned {
     std::string isa;
     std::vector<Shape> shapes;
     Choices choices;
+    int threads = 0;  // of the measurement; 0 where it is not known
 };
 
 struct Graph {

@@ -149,13 +149,19 @@ private:
 std::atomic<Pool*> the_pool{nullptr};
 std::atomic<int> chosen_threads{0};
 
+// Never destroyed: threads may still run when the process ends.
+std::mutex& the_bookkeeping = *new std::mutex;
+
 // A forked child has none of its parent's threads: it leaves the old pool alone and makes its own at first use.
-void forget_pool_after_fork() { the_pool.store(nullptr); }
+const int registered = pthread_atfork([] { the_bookkeeping.lock(); }, [] { the_bookkeeping.unlock(); },
+                                      [] {
+                                          the_bookkeeping.unlock();
+                                          the_pool.store(nullptr);
+                                      });
 
 Pool* pool() {
     Pool* p = the_pool.load(std::memory_order_acquire);
     if (p) return p;
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_after_fork);
     (void)registered;
     Pool* fresh = new Pool;
     if (the_pool.compare_exchange_strong(p, fresh)) return fresh;
@@ -180,6 +186,8 @@ double quota_from(const char* quota_file, const char* period_file) {
 }
 
 }  // namespace
+
+std::mutex& bookkeeping() { return the_bookkeeping; }
 
 int available_cores() {
     cpu_set_t set;

@@ -1,6 +1,7 @@
 // Our own thread pool: a job is one function that every thread runs once, with barriers between its steps.
 #pragma once
 #include <functional>
+#include <mutex>
 
 namespace sparseprune {
 
@@ -13,5 +14,9 @@ void set_num_threads(int n);  // >= 1; ValueError otherwise
 // runs every part alone: same results, no waiting. after(i), where given, is called by thread 0 between two steps.
 // The functions must not throw.
 void run_steps(int threads, int steps, const std::function<void(int, int)>& step, const std::function<void(int)>& after = {});
+
+// Guards the short lists that callers share (plans made, choices): never held while anything is planned or computed. One for all, since
+// fork takes it: the child of a process whose other threads were anywhere finds it free, and the lists whole.
+std::mutex& bookkeeping();
 
 }  // namespace sparseprune

@@ -1,6 +1,9 @@
 #include "program.h"
 
+#include <mutex>
+
 #include "errors.h"
+#include "parallel.h"
 
 namespace sparseprune {
 namespace {
@@ -10,7 +13,7 @@ constexpr size_t kMostPlans = 16;
 }  // namespace
 
 Program::Program(Graph graph) : graph_(std::make_shared<const Graph>(std::move(graph))) {
-    for (const Tuned& t : graph_->tuned) set_choices(t.isa, t.shapes, t.choices);
+    for (const Tuned& t : graph_->tuned) set_choices(t.isa, t.shapes, t.choices, t.threads);
 }
 
 // Planning a large network takes a while: it happens outside the lock, and where two callers planned the same, the first stays.
@@ -18,13 +21,13 @@ std::shared_ptr<const Plan> Program::plan(const std::vector<Shape>& shapes, int 
     const Key key{kernels.name, shapes};
     Choices choices;
     {
-        std::lock_guard<std::mutex> lock(mutex_);
+        std::lock_guard<std::mutex> lock(bookkeeping());
         if (auto found = find_plan(key, threads)) return found;
         choices = choices_for(key);
     }
     PlanOptions options{&kernels, threads};
     auto plan = std::make_shared<const Plan>(graph_, shapes, options, choices);
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(bookkeeping());
     if (auto found = find_plan(key, threads)) return found;
     plans_.push_front({key, threads, plan});
     if (plans_.size() > kMostPlans) plans_.pop_back();
@@ -34,7 +37,7 @@ std::shared_ptr<const Plan> Program::plan(const std::vector<Shape>& shapes, int 
 std::shared_ptr<const Plan> Program::plan_with(const std::vector<Shape>& shapes, const PlanOptions& options) {
     Choices choices;
     {
-        std::lock_guard<std::mutex> lock(mutex_);
+        std::lock_guard<std::mutex> lock(bookkeeping());
         choices = choices_for({options.kernels->name, shapes});
     }
     return std::make_shared<const Plan>(graph_, shapes, options, choices);
@@ -59,21 +62,22 @@ Choices Program::choices_for(const Key& key) const {
     return first ? first->choices : Choices{};
 }
 
-void Program::set_choices(const std::string& isa, const std::vector<Shape>& shapes, Choices choices) {
+void Program::set_choices(const std::string& isa, const std::vector<Shape>& shapes, Choices choices, int threads) {
     if (choices.size() != graph_->nodes.size())
         throw ValueError(message("choices: ", choices.size(), " came, expected one for each of ", graph_->nodes.size(), " nodes"));
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(bookkeeping());
     plans_.clear();
     for (Tuned& t : tuned_) {
         if (t.isa != isa || t.shapes != shapes) continue;
         t.choices = std::move(choices);
+        t.threads = threads;
         return;
     }
-    tuned_.push_back({isa, shapes, std::move(choices)});
+    tuned_.push_back({isa, shapes, std::move(choices), threads});
 }
 
 std::vector<Tuned> Program::tuned() {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(bookkeeping());
     return tuned_;
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 #include <list>
 #include <memory>
-#include <mutex>
 #include <string>
 
 #include "graph.h"
@@ -27,7 +26,8 @@ public:
     std::vector<Tuned> tuned();
 
     // Choices for these shapes on this instruction set, whatever the thread count: they settle the rounding.
-    void set_choices(const std::string& isa, const std::vector<Shape>& shapes, Choices choices);
+    // `threads`: with how many they were measured, 0 where they were not.
+    void set_choices(const std::string& isa, const std::vector<Shape>& shapes, Choices choices, int threads = 0);
 
 private:
     using Key = std::pair<std::string, std::vector<Shape>>;  // instruction set, input shapes
@@ -36,11 +36,10 @@ private:
         int threads;
         std::shared_ptr<const Plan> plan;
     };
-    std::shared_ptr<const Plan> find_plan(const Key& key, int threads);  // with mutex_ held, as choices_for
+    std::shared_ptr<const Plan> find_plan(const Key& key, int threads);  // with bookkeeping() held, as choices_for
     Choices choices_for(const Key& key) const;
 
     std::shared_ptr<const Graph> graph_;
-    std::mutex mutex_;
     std::list<Cached> plans_;  // latest used first
     std::vector<Tuned> tuned_;  // the first of an instruction set is what other shapes start from
 };

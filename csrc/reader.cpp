@@ -2,6 +2,8 @@
 #include "reader.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <limits>
 #include <set>
 #include <utility>
@@ -16,6 +18,7 @@ namespace {
 
 constexpr int64_t max_extent = std::numeric_limits<int32_t>::max();
 constexpr size_t max_input_rank = 8;
+constexpr int64_t format_version = 2;
 
 // Runs `read`; whatever is wrong in there is the file's fault, and is said of `what`.
 template <class Read>
@@ -63,6 +66,24 @@ Input read_input(const Json& json) {
     return input;
 }
 
+// IEEE 754 binary16 to binary32, exact; a NaN keeps its payload.
+float float_of_half(uint16_t half) {
+    const uint32_t sign = uint32_t{half & 0x8000u} << 16, fraction = half & 0x3FFu;
+    uint32_t exponent = (half >> 10) & 0x1Fu, bits = 0;
+    if (exponent == 0x1F) {
+        bits = 0x7F800000u | fraction << 13;
+    } else if (exponent == 0) {
+        return std::copysign(std::ldexp(static_cast<float>(fraction), -24), sign ? -1.0f : 1.0f);
+    } else {
+        exponent += 127 - 15;
+        bits = exponent << 23 | fraction << 13;
+    }
+    bits |= sign;
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
 // The number of tensors in the tree. JSON's own depth limit bounds the recursion.
 size_t count_leaves(const Json& tree) {
     const std::string& kind = tree.at("kind").string();
@@ -95,8 +116,9 @@ public:
         const Json json = parse_json(container_.program);
         json.check_keys({"format", "version", "inputs", "weights", "nodes", "outputs", "tree"}, {"tuned"});
         if (json.at("format").string() != "sparseprune-program") json.fail("'format' is not 'sparseprune-program'");
-        if (json.at("version").integer() != 1)
-            json.fail(message("version ", json.at("version").integer(), " of the format, this reader knows version 1"));
+        if (json.at("version").integer() != format_version)
+            json.fail(message("version ", json.at("version").integer(), " of the format, this reader knows version ", format_version,
+                              ": convert the model again"));
         read_inputs(json.at("inputs"));
         for (const auto& member : json.at("weights").object())
             in(message("weight '", member.key, "'"), [&] { read_weight(member.key, member.value); });
@@ -128,23 +150,41 @@ private:
         return found == container_.tensors.end() ? nullptr : &found->second;
     }
 
-    const Tensor& tensor(const std::string& name, size_t rank) const {
+    const Tensor& tensor(const std::string& name) const {
         const Tensor* found = find_tensor(name);
         if (!found) throw FormatError(message("the array '", name, "' is missing"));
-        if (found->shape.size() != rank)
-            throw FormatError(message("the array '", name, "' has shape ", to_string(found->shape), ", expected ", rank,
-                                      " dimensions"));
         return *found;
     }
 
-    template <class T>
-    std::vector<T> array(const std::string& name, DType dtype, size_t rank = 1) {
+    const Tensor& tensor(const std::string& name, size_t rank) const {
+        const Tensor& found = tensor(name);
+        if (found.shape.size() != rank)
+            throw FormatError(message("the array '", name, "' has shape ", to_string(found.shape), ", expected ", rank,
+                                      " dimensions"));
+        return found;
+    }
+
+    const Tensor& tensor(const std::string& name, DType dtype, size_t rank) {
         const Tensor& found = tensor(name, rank);
         if (found.dtype != dtype)
             throw FormatError(message("the array '", name, "' is ", dtype_name(found.dtype), ", expected ",
                                       dtype_name(dtype)));
         used_tensors_.insert(name);
-        return copy_elements<T>(found);
+        return found;
+    }
+
+    template <class T>
+    std::vector<T> array(const std::string& name, DType dtype, size_t rank = 1) {
+        return copy_elements<T>(tensor(name, dtype, rank));
+    }
+
+    // A weight's values: F32, or F16, which were rounded when the file was written and are float32 from here on.
+    std::vector<float> weight_values(const std::string& name, size_t rank) {
+        if (tensor(name, rank).dtype != DType::f16) return array<float>(name, DType::f32, rank);
+        const auto halves = array<uint16_t>(name, DType::f16, rank);
+        std::vector<float> out(halves.size());
+        std::transform(halves.begin(), halves.end(), out.begin(), float_of_half);
+        return out;
     }
 
     void read_weight(const std::string& name, const Json& json) {
@@ -155,6 +195,7 @@ private:
             weight.sparse = read_sparse(name, weight.shape, read_shape(*block_shape, 2, 2));
         else
             weight.dense = read_dense(name, weight.shape);
+        weight.half = tensor(name + ".values").dtype == DType::f16;
         weight_index_.emplace(name, static_cast<int>(graph_.weights.size()));
         graph_.weights.push_back(std::move(weight));
     }
@@ -169,12 +210,12 @@ private:
         }
         if (tensor(values, shape.size()).shape != shape)
             throw FormatError(message("the array '", values, "' has not the shape ", to_string(shape)));
-        return std::make_shared<const std::vector<float>>(array<float>(values, DType::f32, shape.size()));
+        return std::make_shared<const std::vector<float>>(weight_values(values, shape.size()));
     }
 
     std::shared_ptr<const BlockCSR> read_sparse(const std::string& name, const Shape& shape, const Shape& block_shape) {
         auto crow = array<int32_t>(name + ".crow_indices", DType::i32);
-        auto col = read_columns(name + ".col_indices");
+        auto col = find_tensor(name + ".col_gaps") ? read_gaps(name + ".col_gaps", crow) : read_columns(name + ".col_indices");
         std::vector<uint64_t> masks;
         if (find_tensor(name + ".masks")) {
             masks = array<uint64_t>(name + ".masks", DType::u64);
@@ -182,7 +223,7 @@ private:
             if (masks.size() != col.size())
                 throw FormatError(message("masks has ", masks.size(), " elements, expected ", col.size()));
         }
-        auto values = array<float>(name + ".values", DType::f32);
+        auto values = weight_values(name + ".values", 1);
         return std::make_shared<const BlockCSR>(shape, block_shape[0], block_shape[1], std::move(crow), std::move(col),
                                                 std::move(masks), std::move(values));
     }
@@ -191,6 +232,31 @@ private:
         if (tensor(name, 1).dtype != DType::u16) return array<int32_t>(name, DType::i32);
         const auto narrow = array<uint16_t>(name, DType::u16);
         return {narrow.begin(), narrow.end()};
+    }
+
+    // In each block row, how many block columns without a block come before the next with one; 255 means 255 of them and no block.
+    // `crow` is as the file has it: what BlockCSR will check of it is not relied on, so memory is bounded by the bytes that are there.
+    std::vector<int32_t> read_gaps(const std::string& name, const std::vector<int32_t>& crow) {
+        constexpr uint8_t skip = 255;
+        const Tensor& gaps = tensor(name, DType::u8, 1);
+        std::vector<int32_t> columns;
+        if (!crow.empty() && crow.back() >= 0 && static_cast<size_t>(crow.back()) <= gaps.byte_count)
+            columns.reserve(static_cast<size_t>(crow.back()));
+        size_t at = 0;
+        for (size_t row = 0; row + 1 < crow.size(); ++row) {
+            int64_t column = 0;
+            while (static_cast<int64_t>(columns.size()) < crow[row + 1]) {
+                if (at == gaps.byte_count) throw FormatError(message("the array '", name, "' ends in block row ", row));
+                const uint8_t gap = gaps.data[at++];
+                column += gap;
+                if (gap == skip) continue;
+                if (column > max_extent) throw FormatError(message("the array '", name, "': block row ", row, " exceeds ", max_extent, " columns"));
+                columns.push_back(static_cast<int32_t>(column++));
+            }
+        }
+        if (at != gaps.byte_count)
+            throw FormatError(message("the array '", name, "' has ", gaps.byte_count, " elements, expected ", at));
+        return columns;
     }
 
     static int read_value(const Json& json, int count) {
@@ -299,8 +365,12 @@ private:
 
     // Measured choices: hints, so only their form is checked; the plan takes those that fit.
     void read_tuned(const Json& json) {
-        json.check_keys({"isa", "shapes", "choices"});
-        Tuned tuned{json.at("isa").string(), {}, {}};
+        json.check_keys({"isa", "shapes", "choices"}, {"threads"});
+        Tuned tuned{json.at("isa").string(), {}, {}, 0};
+        if (const Json* threads = json.find("threads")) {
+            if (threads->integer() < 1 || threads->integer() > 256) threads->fail(message("threads=", threads->integer(), " is not in [1, 256]"));
+            tuned.threads = static_cast<int>(threads->integer());
+        }
         for (const auto& shape : json.at("shapes").array()) {
             tuned.shapes.emplace_back();
             for (const auto& size : shape.array()) tuned.shapes.back().push_back(size.integer());

@@ -2,9 +2,11 @@
 #include "safetensors.h"
 
 #include <algorithm>
+#include <array>
 #include <string_view>
 #include <utility>
 
+#include "checksum.h"
 #include "errors.h"
 #include "json.h"
 
@@ -21,12 +23,13 @@ struct DTypeInfo {
     size_t size;
 };
 constexpr DTypeInfo dtypes[] = {
-    {DType::f32, "F32", 4}, {DType::i32, "I32", 4}, {DType::u16, "U16", 2}, {DType::u64, "U64", 8}};
+    {DType::f32, "F32", 4}, {DType::f16, "F16", 2}, {DType::i32, "I32", 4},
+    {DType::u16, "U16", 2}, {DType::u8, "U8", 1},   {DType::u64, "U64", 8}};
 
 const DTypeInfo& read_dtype(const Json& json) {
     for (const auto& info : dtypes)
         if (json.string() == info.name) return info;
-    json.fail(message("dtype '", json.string(), "' is not one of F32, I32, U16, U64"));
+    json.fail(message("dtype '", json.string(), "' is not one of F32, F16, I32, U16, U8, U64"));
 }
 
 uint64_t read_header_length(const uint8_t* bytes, size_t size) {
@@ -86,6 +89,61 @@ void check_contiguous(const std::map<std::string, Tensor>& tensors, const uint8_
     if (end != payload_size) throw FormatError(message("payload: ", payload_size, " bytes, but the tensors hold ", end));
 }
 
+constexpr const char* checksum_name = "checksum";
+constexpr size_t checksum_bytes = 16;
+
+struct Parsed {
+    Container container;
+    const uint8_t* payload;
+    size_t payload_size;
+    size_t checksum_at;  // in the payload
+};
+
+Parsed parse(const uint8_t* bytes, size_t size) {
+    const auto header_length = static_cast<size_t>(read_header_length(bytes, size));
+    const std::string_view text(reinterpret_cast<const char*>(bytes) + 8, header_length);
+    if (text.empty() || text[0] != '{') throw FormatError("header: the first byte is not '{'");
+    Parsed out{{}, bytes + 8 + header_length, size - 8 - header_length, 0};
+    auto& tensors = out.container.tensors;
+    bool has_program = false;
+    try {
+        const Json header = parse_json(text);
+        for (const auto& member : header.object()) {
+            if (member.key == "__metadata__") {
+                member.value.check_keys({"sparseprune"});
+                out.container.program = member.value.at("sparseprune").string();
+                has_program = true;
+                continue;
+            }
+            tensors.emplace(member.key, read_tensor(member.value, out.payload, out.payload_size));
+        }
+    } catch (const FormatError& error) {
+        throw FormatError(message("header: ", error.what()));
+    }
+    if (!has_program) throw FormatError("header: '__metadata__' is missing: not a sparseprune program");
+    check_contiguous(tensors, out.payload, out.payload_size);
+    const auto found = tensors.find(checksum_name);
+    if (found == tensors.end())
+        throw FormatError("the array 'checksum' is missing: a program of format version 1, which had none, or none at all; convert "
+                          "the model again");
+    if (found->second.dtype != DType::u64 || found->second.shape != std::vector<int64_t>{2})
+        throw FormatError("the array 'checksum' is not two U64");
+    out.checksum_at = static_cast<size_t>(found->second.data - out.payload);
+    tensors.erase(found);
+    return out;
+}
+
+// Of the header with its length, and of the payload but for the checksums themselves; little-endian.
+std::array<uint8_t, checksum_bytes> checksums(const uint8_t* bytes, size_t size, const Parsed& parsed) {
+    const size_t behind = parsed.checksum_at + checksum_bytes;
+    uint64_t payload = crc64(parsed.payload, parsed.checksum_at);
+    payload = crc64(parsed.payload + behind, parsed.payload_size - behind, payload);
+    const uint64_t values[2] = {crc64(bytes, size - parsed.payload_size), payload};
+    std::array<uint8_t, checksum_bytes> out{};
+    for (size_t i = 0; i < checksum_bytes; ++i) out[i] = static_cast<uint8_t>(values[i / 8] >> (8 * (i % 8)));
+    return out;
+}
+
 }  // namespace
 
 const char* dtype_name(DType dtype) {
@@ -95,31 +153,18 @@ const char* dtype_name(DType dtype) {
 }
 
 Container read_container(const uint8_t* bytes, size_t size) {
-    const auto header_length = static_cast<size_t>(read_header_length(bytes, size));
-    const std::string_view text(reinterpret_cast<const char*>(bytes) + 8, header_length);
-    if (text.empty() || text[0] != '{') throw FormatError("header: the first byte is not '{'");
-    const uint8_t* payload = bytes + 8 + header_length;
-    const size_t payload_size = size - 8 - header_length;
+    Parsed parsed = parse(bytes, size);
+    const auto expected = checksums(bytes, size, parsed);
+    for (size_t i = 0; i < checksum_bytes; ++i)
+        if (parsed.payload[parsed.checksum_at + i] != expected[i])
+            throw FormatError(message("the file is damaged: the checksum of its ", i < 8 ? "header" : "payload", " does not match"));
+    return std::move(parsed.container);
+}
 
-    Container container;
-    bool has_program = false;
-    try {
-        const Json header = parse_json(text);
-        for (const auto& member : header.object()) {
-            if (member.key == "__metadata__") {
-                member.value.check_keys({"sparseprune"});
-                container.program = member.value.at("sparseprune").string();
-                has_program = true;
-                continue;
-            }
-            container.tensors.emplace(member.key, read_tensor(member.value, payload, payload_size));
-        }
-    } catch (const FormatError& error) {
-        throw FormatError(message("header: ", error.what()));
-    }
-    if (!has_program) throw FormatError("header: '__metadata__' is missing: not a sparseprune program");
-    check_contiguous(container.tensors, payload, payload_size);
-    return container;
+void seal(uint8_t* bytes, size_t size) {
+    const Parsed parsed = parse(bytes, size);
+    const auto values = checksums(bytes, size, parsed);
+    std::copy(values.begin(), values.end(), bytes + (size - parsed.payload_size) + parsed.checksum_at);
 }
 
 }  // namespace sparseprune

@@ -1,4 +1,5 @@
-// The safetensors container: named arrays and one metadata string, every size and offset checked against the bytes.
+// The safetensors container: named arrays and one metadata string, every size and offset checked against the bytes, and the
+// checksums that one of the arrays holds.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,7 +10,7 @@
 
 namespace sparseprune {
 
-enum class DType { f32, i32, u16, u64 };
+enum class DType { f32, f16, i32, u16, u8, u64 };
 
 struct Tensor {
     DType dtype;
@@ -20,11 +21,14 @@ struct Tensor {
 
 struct Container {
     std::string program;  // __metadata__["sparseprune"]
-    std::map<std::string, Tensor> tensors;
+    std::map<std::string, Tensor> tensors;  // without the one of the checksums
 };
 
 const char* dtype_name(DType dtype);
 Container read_container(const uint8_t* bytes, size_t size);  // throws FormatError; the bytes must outlive the result
+
+// Writes the checksums of what is there into the array that holds them; throws FormatError where the container is damaged.
+void seal(uint8_t* bytes, size_t size);
 
 // T is the dtype's own type; the file and every machine that we build for are little-endian.
 template <class T>

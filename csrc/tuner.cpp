@@ -113,7 +113,7 @@ private:
                     dense = dense < 0 ? best_[n][i] : std::min(dense, best_[n][i]);
             layers.push_back({static_cast<int>(n), *choices[n], best_[n][winner], dense, static_cast<int>(best_[n].size())});
         }
-        program_.set_choices(options_.kernels->name, shapes_, std::move(choices));
+        program_.set_choices(options_.kernels->name, shapes_, std::move(choices), options_.threads);
         return layers;
     }
 

@@ -17,7 +17,7 @@ TARGET = Path(__file__).with_name("operators.md")
 
 INTRO = """# Operators that convert
 
-<!-- Written by docs/generate_operators.py; edit that, or the table in sparseprune/graph/operators.py. -->
+<!-- Written by docs/generate_operators.py; edit that, or the tables in sparseprune/graph/operators/. -->
 
 `sparseprune.convert` exports a model with `torch.export` and lowers PyTorch's ATen operators, which layers and
 functions consist of, to the operators of a program ([program.md](program.md)). The {count} ATen operators below are

@@ -17,13 +17,21 @@ _HOMES = {
     "load_weights": "files",
     "save_weights": "files",
     "prune": "pruning",
+    "apply_masks": "pruning",
+    "compact": "pruning",
     "hold_zeros": "pruning",
+    "to_torch_prune": "pruning",
     "finalize": "pruning",
     "summary": "pruning",
     "Pruner": "pruning",
     "finetune": "training",
     "Distillation": "distillation",
     "evaluate": "evaluation",
+    "autoprune": "autopruning",
+    "AutopruneResult": "autoprune_results",
+    "LatencyTable": "latency",
+    "sensitivity": "sensitivities",
+    "Sensitivity": "sensitivities",
     "benchmark": "benchmarking",
     "BenchmarkResult": "benchmarking",
     "prune_uniform": "synthetic",
@@ -36,7 +44,7 @@ _HOMES = {
     "UnsupportedError": "errors",
     "VerificationError": "errors",
 }
-_MODULES = ("errors", "graph", "nn", "ops", "pruning", "regularizers", "runtime", "training", "zoo")
+_MODULES = ("errors", "graph", "nn", "ops", "pruning", "regularizers", "runtime", "testing", "training", "zoo")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

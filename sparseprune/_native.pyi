@@ -15,6 +15,7 @@ class LayerDict(TypedDict, total=False):
     shape: tuple[int, ...]
     total: int
     kept: int
+    stored: str  # in the file: float32 or float16
     block_shape: tuple[int, int]
     block_density: float
 
@@ -93,7 +94,7 @@ class Program:
     @property
     def tree(self) -> str: ...
     @property
-    def tuned(self) -> list[tuple[str, list[list[int]], list[ChoiceDict | None]]]: ...
+    def tuned(self) -> list[tuple[str, list[list[int]], list[ChoiceDict | None], int]]: ...  # threads last, 0: not known
     @property
     def layers(self) -> list[LayerDict]: ...
     def plan(
@@ -117,6 +118,7 @@ class Program:
         isa: str | None = None,
     ) -> list[TunedDict]: ...
 
+def seal(data: bytes) -> bytes: ...  # with the checksums of what is there
 def available_cores() -> int: ...
 def num_threads() -> int: ...
 def set_num_threads(n: int) -> None: ...

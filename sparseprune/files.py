@@ -20,7 +20,7 @@ from .checkpoints import check_mapping, install, plain_entries, unwrap
 from .errors import FormatError
 from .positions import decode_positions, encode_positions
 
-__all__ = ["load_pruned", "load_weights", "save_weights"]
+__all__ = ["load_pruned", "load_weights", "save_weights", "weights_size"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _Path = str | os.PathLike[str]
@@ -87,24 +87,12 @@ def save_weights(model: nn.Module, path: _Path) -> None:
     Example:
         >>> save_weights(model, "resnet18-98.safetensors")
     """
-    state = model.state_dict()
-    described: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, Tensor] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    for name, entry in plain_entries(state).items():
-        if _dtype_name(entry.value) not in _DTYPES:
-            raise ValueError(f"{name} has dtype {entry.value.dtype}, expected one of {', '.join(_DTYPES)}")
-        twin = first.setdefault(tuple(_identity(state[key]) for key in (entry.value_key, *entry.mask_keys)), name)
-        if twin != name and entry.value.numel():  # tied parameters are stored once
-            described[name] = {"same_as": twin}
-            continue
-        described[name], stored = _encode(name, entry.value.cpu().contiguous())
-        for key, tensor in stored.items():
-            if key in tensors:
-                raise ValueError(f"{name} cannot be stored: the name {key!r} is taken")
-            tensors[key] = tensor
-    header = json.dumps({"version": _VERSION, "tensors": described}, separators=(",", ":"), sort_keys=True)
-    _write(Path(path), safetensors_torch.save(tensors, metadata={_KEY: header}))
+    _write(Path(path), _encoded(model))
+
+
+def weights_size(model: nn.Module, *, dense: bool = False) -> int:
+    """How many bytes `save_weights` would write; `dense`: if nothing were zero."""
+    return len(_encoded(model, dense))
 
 
 def load_weights(model: _Model, path: _Path) -> _Model:
@@ -137,10 +125,32 @@ def load_weights(model: _Model, path: _Path) -> _Model:
     return model
 
 
-def _encode(name: str, value: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _encoded(model: nn.Module, dense: bool = False) -> bytes:
+    """The file of `save_weights`."""
+    state = model.state_dict()
+    described: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, entry in plain_entries(state).items():
+        if _dtype_name(entry.value) not in _DTYPES:
+            raise ValueError(f"{name} has dtype {entry.value.dtype}, expected one of {', '.join(_DTYPES)}")
+        twin = first.setdefault(tuple(_identity(state[key]) for key in (entry.value_key, *entry.mask_keys)), name)
+        if twin != name and entry.value.numel():  # tied parameters are stored once
+            described[name] = {"same_as": twin}
+            continue
+        described[name], stored = _encode(name, entry.value.cpu().contiguous(), dense)
+        for key, tensor in stored.items():
+            if key in tensors:
+                raise ValueError(f"{name} cannot be stored: the name {key!r} is taken")
+            tensors[key] = tensor
+    header = json.dumps({"version": _VERSION, "tensors": described}, separators=(",", ":"), sort_keys=True)
+    return safetensors_torch.save(tensors, metadata={_KEY: header})
+
+
+def _encode(name: str, value: Tensor, dense: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """How one tensor is stored: its entry in the header, and the tensors of the file."""
     entry: dict[str, Any] = {"dtype": _dtype_name(value), "shape": list(value.shape)}
-    if value.dtype in _SPARSE_DTYPES:
+    if value.dtype in _SPARSE_DTYPES and not dense:
         flat = value.reshape(-1)
         kept = flat != 0
         encoding, positions = encode_positions(kept.numpy())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from . import runtime
+from .container import with_half_weights
 from .errors import SparsepruneError
 from .graph.segmented import Segmented, check_sizes
 from .report import Report
@@ -143,12 +144,23 @@ class SparseModule(nn.Module):
         self(*inputs)
         return self
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, weights: str = "float32") -> None:
         """Writes the program as one `.spr` file: the non-zeros, the graph, no pickle. It is written beside and renamed.
+
+        Args:
+            path: where to, usually `*.spr`.
+            weights: "float32", or "float16": every weight rounded once, to the nearest, so that a kept one takes 3
+                bytes instead of 5. Computing stays float32, biases are not rounded, this module keeps its own weights.
 
         Raises:
             SparsepruneError: Nothing is converted yet, or parts run in torch; the message names their operators.
+            ValueError: `weights` is neither, or a weight is beyond float16's range.
+
+        Example:
+            >>> fast.save("model.spr", weights="float16")
         """
+        if weights not in ("float32", "float16"):
+            raise ValueError(f"weights: expected 'float32' or 'float16', got {weights!r}")
         if self._converted is None:
             raise SparsepruneError(
                 "nothing is converted yet: call the module once, or give convert example_inputs, before save"
@@ -157,7 +169,7 @@ class SparseModule(nn.Module):
             data = self._converted.program.data
         except SparsepruneError as error:
             raise SparsepruneError(f"cannot be saved: {error}") from None
-        write_beside(path, data)
+        write_beside(path, with_half_weights(data) if weights == "float16" else data)
 
     def extra_repr(self) -> str:
         if self._converted is None:

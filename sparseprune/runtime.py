@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _native
+from .container import Tuned, with_tuned
 
 __all__ = ["Program", "load"]
 
 Array = NDArray[np.float32]
+_DLPACK_CPU = 1  # kDLCPU
 _MOST_PLANS = 64  # Python-side references to plans; the native cache behind keeps the latest 16
 
 
@@ -41,7 +43,7 @@ class Program:
     @property
     def data(self) -> bytes:
         """The program's bytes, as saved: with what tuning has chosen so far."""
-        return _with_tuned(self._data, self._native.tuned)
+        return with_tuned(self._data, self._native.tuned)
 
     def plan(self, *shapes: tuple[int, ...]) -> _native.Plan:
         """The plan for these input shapes and the present thread count: made at first use, never tuned here."""
@@ -71,18 +73,22 @@ class Program:
         self._native.set_choices(shapes, list(choices))
         self._plans.clear()
 
-    def __call__(self, *inputs: Array) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
         """Runs the program.
 
         Args:
-            inputs: float32 arrays, in the order of `inputs`; copied where they are not C-contiguous.
+            inputs: float32 NumPy arrays, or arrays on the CPU of any library that has `__dlpack__`, in the order of
+                `inputs`; copied only where they are not C-contiguous.
 
         Returns:
-            Fresh arrays, nested as the model nested its outputs.
+            Fresh NumPy arrays, nested as the model nested its outputs. They have `__dlpack__` in their turn.
 
         Raises:
             TypeError: An input is no array, or not float32.
-            ValueError: The number or the shapes of the inputs do not fit.
+            ValueError: The number, the shapes or the device of the inputs do not fit.
+
+        Example:
+            >>> y = torch.from_dlpack(program(torch.randn(1, 3, 32, 32)))
         """
         if len(inputs) != len(self.inputs):
             raise ValueError(f"inputs: expected {len(self.inputs)}, got {len(inputs)}")
@@ -97,13 +103,20 @@ class Program:
         return outputs
 
     def describe(self) -> dict[str, Any]:
-        """What is in it: `inputs` [{name, shape}], `layers` [{name, op, shape, …}], `nbytes`, `isa`, `threads`."""
+        """What is in it, and how it runs here.
+
+        Returns:
+            `inputs` [{name, shape}], `layers` [{name, op, shape, total, kept, stored, …}], `nbytes`, `isa`, `threads`,
+            and `planning`: plans are never stored, so this line says what is planned anew and whose tuning is used.
+        """
+        isa, threads = _native.isa(), _native.num_threads()
         return {
             "inputs": [{"name": name, "shape": list(shape)} for name, shape in self.inputs],
             "layers": [dict(layer) for layer in self._native.layers],
             "nbytes": len(self._data),
-            "isa": _native.isa(),
-            "threads": _native.num_threads(),
+            "isa": isa,
+            "threads": threads,
+            "planning": _planning(isa, threads, self._native.tuned),
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -138,27 +151,37 @@ def nest(tree: Mapping[str, Any], leaves: Iterator[Any]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
-_Tuned = Sequence[tuple[str, list[list[int]], Sequence["_native.ChoiceDict | None"]]]
-
-
-def _with_tuned(data: bytes, tuned: _Tuned) -> bytes:
-    """The same program with these choices in its graph; the payload stays as it is."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    graph = json.loads(header["__metadata__"]["sparseprune"])
-    graph["tuned"] = [
-        {"isa": isa, "shapes": shapes, "choices": [c and [c["form"], c["kind"], c["vectors"]] for c in choices]}
-        for isa, shapes, choices in tuned
-    ]
-    header["__metadata__"]["sparseprune"] = json.dumps(graph)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # safetensors aligns the payload
-    return len(text).to_bytes(8, "little") + text + data[end:]
+def _planning(isa: str, threads: int, tuned: Tuned) -> str:
+    """What is planned anew here, in one line."""
+    here = f"planned anew for {isa}, {threads} thread{'s' if threads != 1 else ''}"
+    measured = [(name, count) for name, _, choices, count in tuned if any(choices)]
+    if not measured:
+        return f"{here}: the file holds no tuning, every layer runs as its default"
+    if not any(name == isa for name, _ in measured):
+        names = ", ".join(dict.fromkeys(name for name, _ in measured))
+        return f"{here}: the file was tuned on {names}, so every layer runs as its default here"
+    counts = [count for name, count in measured if name == isa and count]
+    if counts and threads not in counts:
+        return f"{here}: the file was tuned with {', '.join(map(str, dict.fromkeys(counts)))}; its choices are kept"
+    return f"{here}, with the file's tuning"
 
 
 def _float32(x: Any, name: str) -> Array:
     if not isinstance(x, np.ndarray):
-        raise TypeError(f"input {name!r}: expected a numpy.ndarray, got {type(x).__name__}")
+        x = _from_dlpack(x, name)
     if x.dtype != np.float32:
         raise TypeError(f"input {name!r}: expected dtype float32, got {x.dtype}")
     return np.require(x, requirements=["C", "A"])
+
+
+def _from_dlpack(x: Any, name: str) -> NDArray[Any]:
+    """The memory of another library's array, without a copy."""
+    if not (hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")):
+        raise TypeError(f"input {name!r}: expected a numpy.ndarray or an array with __dlpack__, got {type(x).__name__}")
+    device, number = x.__dlpack_device__()
+    if device != _DLPACK_CPU:
+        raise ValueError(f"input {name!r}: expected an array on the CPU, got one on DLPack device ({device}, {number})")
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError) as error:  # what it is differs between the libraries
+        raise TypeError(f"input {name!r}: this {type(x).__name__} cannot be shared through DLPack: {error}") from error

@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from sparseprune.errors import UnsupportedError
 from sparseprune.graph.capture import Captured, capture
-from sparseprune.graph.ir import Graph, Node, Weight, pack_csr
+from sparseprune.graph.ir import Graph, Input, Node, Weight, pack_csr
 from sparseprune.graph.reference import EPS, run_reference
+from sparseprune.runtime import Program
 
 l1_unstructured: Any = prune.l1_unstructured
 random_unstructured: Any = prune.random_unstructured
@@ -486,12 +487,13 @@ def test_bytes_hold_the_documented_arrays() -> None:
         "attrs": {"dims": 2, "stride": [1, 1], "padding": [0] * 4, "dilation": [1, 1], "groups": 1, "act": "relu"},
     }  # fmt: skip
     arrays = load(data)
-    names = ["b0", "w0.col_indices", "w0.crow_indices", "w0.values", "w1.values"]
+    names = ["b0", "checksum", "w0.col_gaps", "w0.crow_indices", "w0.values", "w1.values"]
     assert sorted(arrays) == names
-    assert [arrays[name].dtype.name for name in names] == ["float32", "uint16", "int32", "float32", "float32"]
-    rebuilt = np.zeros((4, 27), np.float32)
-    rows = np.repeat(np.arange(4), np.diff(arrays["w0.crow_indices"]))
-    rebuilt[rows, arrays["w0.col_indices"]] = arrays["w0.values"]
+    assert [arrays[name].dtype.name for name in names] == ["float32", "uint64", "uint8", "int32", "float32", "float32"]
+    rebuilt, crow = np.zeros((4, 27), np.float32), arrays["w0.crow_indices"]
+    for row in range(4):
+        columns = np.cumsum(arrays["w0.col_gaps"][crow[row] : crow[row + 1]].astype(int) + 1) - 1
+        rebuilt[row, columns] = arrays["w0.values"][crow[row] : crow[row + 1]]
     np.testing.assert_array_equal(rebuilt.reshape(4, 3, 3, 3), graph.weights["w0"].dense)
 
 
@@ -502,6 +504,26 @@ def test_packing_of_all_zeros_and_of_wide_rows() -> None:
     wide_row[0, 65536] = 1
     assert pack_csr(wide_row)[1].dtype == np.int32 and pack_csr(wide_row)[1].tolist() == [65536]
     assert pack_csr(wide_row[:, 1:])[1].dtype == np.uint16
+
+
+def gap_cases() -> list[tuple[Any, int]]:
+    wide = np.zeros((3, 2000), np.float32)
+    wide[0, [0, 255, 511, 767, 1999]] = 1  # gaps of 0, 254, 255, 255, 1231
+    wide[2, 254] = 2
+    lonely = np.zeros((1, 70000), np.float32)
+    lonely[0, 69999] = 1  # 274 skips are more bytes than an I32
+    return [(wide, 12), (lonely, 0), (np.zeros((2, 3), np.float32), 0), (np.ones((3, 4), np.float32), 0)]
+
+
+def test_gaps_of_every_width_come_back() -> None:
+    for dense, gap_bytes in gap_cases():
+        node = Node("linear", "fc", (0,), {}, weight="w")
+        graph = Graph((Input("x", (1, dense.shape[1])),), (node,), (1,), {"kind": "tensor"}, {"w": Weight(dense)}, {})
+        data = graph.to_bytes()
+        arrays = load(data)
+        assert len(arrays.get("w.col_gaps", ())) == gap_bytes and ("w.col_indices" in arrays) == (dense.shape[0] == 1)
+        x = np.arange(dense.shape[1], dtype=np.float32)[None] % 7
+        np.testing.assert_array_equal(Program(data)(x), x @ dense.T)
 
 
 def test_only_finished_float32_graphs_have_bytes() -> None:

@@ -77,7 +77,7 @@ def test_a_hint_of_unknown_names_is_an_error() -> None:
     header["__metadata__"]["sparseprune"] = json.dumps(document)
     text = json.dumps(header).encode()
     with pytest.raises(FormatError, match="a choice is"):
-        Program(len(text).to_bytes(8, "little") + text + data[end:])
+        Program(_native.seal(len(text).to_bytes(8, "little") + text + data[end:]))
 
 
 def test_tuning_can_be_interrupted() -> None:

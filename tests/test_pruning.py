@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparseprune import pruning
 from sparseprune.pruning import Block, Local, Mask, Scores, finalize, hold_zeros, prune, set_mask, summary
-from sparseprune.pruning.scopes import prune_units
+from sparseprune.pruning.ranking import prune_units
 
 get_mask: Any = pruning.get_mask
 l1_unstructured: Any = torch_prune.l1_unstructured
@@ -414,7 +414,8 @@ def test_summary_is_plain_data_and_a_table() -> None:
     assert data["kept"] + pruned(model) == data["total"] and data["density"] == pytest.approx(1 - data["sparsity"])
     assert data["layers"][0] == {**data["layers"][0], "name": "0", "shape": [8, 3, 3, 3], "total": 216, "masked": True}
     text = str(summary(model)).splitlines()
-    assert text[0].split() == ["layer", "shape", "kept", "total", "sparsity"] and text[-1].startswith("global")
+    assert text[0].split() == ["layer", "shape", "kept", "total", "sparsity", "zero", "filters"]
+    assert text[-1].startswith("global")
     assert "weight" in str(summary(nn.Linear(2, 2)))
     extra = summary(prune(network(), 0.5, include=nn.BatchNorm2d))
     assert [layer.name for layer in extra.layers if layer.masked] == ["1"]

@@ -35,6 +35,16 @@ class Two(nn.Module):
         return {"sum": y + b, "parts": (y, None)}
 
 
+class Elsewhere:
+    """An array on the first CUDA device, as DLPack says it."""
+
+    def __dlpack__(self) -> None:
+        raise AssertionError("nobody asks for it")
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, 0)
+
+
 def network() -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -158,10 +168,12 @@ def test_outputs_are_fresh_and_nested() -> None:
 
 def test_wrong_inputs(saved: Path) -> None:
     program = runtime.load(saved / "model.spr")
-    with pytest.raises(TypeError, match="input 'input': expected a numpy.ndarray, got list"):
+    with pytest.raises(TypeError, match="input 'input': expected a numpy.ndarray or an array with __dlpack__, got li"):
         program(X.tolist())
-    with pytest.raises(TypeError, match="input 'input': expected a numpy.ndarray, got Tensor"):
-        program(torch.from_numpy(X))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="input 'input': this Tensor cannot be shared through DLPack: .*gradient"):
+        program(torch.from_numpy(X).requires_grad_())
+    with pytest.raises(ValueError, match=r"expected an array on the CPU, got one on DLPack device \(2, 0\)"):
+        program(Elsewhere())
     with pytest.raises(TypeError, match="input 'input': expected dtype float32, got float64"):
         program(X.astype(np.float64))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected dtype float32, got >f4"):
@@ -197,6 +209,42 @@ def test_the_native_gate_checks_arrays_itself(saved: Path) -> None:
     for inputs, outputs, message in wrong:
         with pytest.raises(ValueError, match=message):
             plan.run(inputs, outputs)
+
+
+def test_arrays_of_other_libraries_come_and_go_without_a_copy(saved: Path) -> None:
+    program, x = runtime.load(saved / "model.spr"), torch.from_numpy(X)
+    expected = np.load(saved / "y.npy")
+    for given in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert np.array_equal(program(given), expected)
+    with pytest.raises(TypeError, match="expected dtype float32, got float64"):
+        program(x.double())
+    y = program(x)
+    shared = torch.utils.dlpack.from_dlpack(y)
+    shared[0, 0] = 7
+    assert y[0, 0] == 7
+    assert runtime._float32(x, "x").ctypes.data == x.data_ptr()
+
+
+def test_it_says_what_is_planned_anew(saved: Path, tmp_path: Path) -> None:
+    before = sparseprune.num_threads()
+    try:
+        sparseprune.set_num_threads(1)
+        program = runtime.load(saved / "model.spr")
+        assert "the file holds no tuning" in program.describe()["planning"]
+        program.tune([X.shape], 0.2)
+        (tmp_path / "tuned.spr").write_bytes(program.data)
+        tuned = runtime.load(tmp_path / "tuned.spr")
+        assert tuned.data == program.data
+        assert tuned.describe()["planning"].endswith("1 thread, with the file's tuning")
+        sparseprune.set_num_threads(2)
+        assert tuned.describe()["planning"].endswith("2 threads: the file was tuned with 1; its choices are kept")
+    finally:
+        sparseprune.set_num_threads(before)
+    code = f"""
+import json, sparseprune.runtime
+print(json.dumps(sparseprune.runtime.load({str(tmp_path / "tuned.spr")!r}).describe()["planning"]))
+"""
+    assert "the file was tuned on" in python(code, SPARSEPRUNE_ISA="scalar")
 
 
 # ---- plans

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sparseprune import SparsepruneWarning, cli, convert, zoo
+from sparseprune import SparsepruneWarning, cli, cli_common, convert, zoo
 from sparseprune.synthetic import fit_scale, prune_uniform
 
 # The usual counts: torchvision's for its networks, darknet's yolov4-tiny.cfg, the common PyTorch U-Net. The 32×32
@@ -128,7 +128,7 @@ def test_networks_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["benchmark", "--help"])
     text = capsys.readouterr().out.replace("\n", " ")
-    assert cli._NETWORKS == tuple(zoo.NETWORKS)
+    assert cli_common.NETWORKS == tuple(zoo.NETWORKS)
     for name, network in zoo.NETWORKS.items():
         assert f"`{name}`" in str(zoo.__doc__) and name in text.split("MODEL")[-1].replace(",", " ").split()
         assert network.about and network.factory.__doc__

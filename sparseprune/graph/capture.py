@@ -45,6 +45,7 @@ __all__ = [
     "capture_segments",
     "check_inputs",
     "leaf_names",
+    "quiet",
     "unwrap",
 ]
 
@@ -263,7 +264,7 @@ def _attempt(
     example = [torch.cat([leaf, leaf]) if place in doubled else leaf for place, leaf in enumerate(leaves)]
     try:
         watch = _Watch(_OPEN_SECONDS if dynamic else None, padding=finish is _lower)
-        with _quiet(), torch.inference_mode(False), torch.no_grad(), watch:
+        with quiet(), torch.inference_mode(False), torch.no_grad(), watch:
             shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]  # by tensor: forward may take *args
             for place, leaf in enumerate(example):
                 for dim in range(leaf.ndim if isinstance(leaf, Tensor) else 0):
@@ -319,7 +320,7 @@ class _Watch(TorchFunctionMode):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without torch's log of everything that it has traced, where it fails; the error has the reason."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     logger.addFilter(_above_warning)

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
-__all__ = ["OPS", "BlockCSRLike", "Graph", "Input", "Node", "Weight", "pack_csr"]
+from ..container import VERSION, pack
+
+__all__ = ["OPS", "BlockCSRLike", "Graph", "Input", "Node", "Weight", "pack_csr", "pack_gaps"]
 
 Array = NDArray[Any]
 
@@ -23,6 +24,7 @@ OPS = frozenset({"conv", "linear", "max_pool", "avg_pool", "adaptive_avg_pool", 
                  "channel_shuffle", "reduce", "softmax", "layer_norm", "group_norm", "matmul"})  # fmt: skip
 
 _MAX_U16_COLUMNS = 1 << 16
+_SKIP = 255
 
 
 class BlockCSRLike(Protocol):
@@ -120,7 +122,7 @@ class Graph:
         return json.dumps(
             {
                 "format": "sparseprune-program",
-                "version": 1,
+                "version": VERSION,
                 "inputs": [{"name": i.name, "shape": list(i.shape)} for i in self.inputs],
                 "weights": {name: _weight_json(self.weights[name]) for name in self._used("weight")},
                 "nodes": [_node_json(node) for node in self.nodes],
@@ -140,9 +142,7 @@ class Graph:
             arrays.update(_weight_arrays(name, self.weights[name]))
         for name in self._used("bias", "scale"):
             arrays[name] = _float32(name, self.biases[name])
-        # safetensors writes the memory as it lies, so a strided array would be stored scrambled.
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        return bytes(save(contiguous, metadata={"sparseprune": self.to_json()}))
+        return pack(arrays, self.to_json())
 
     def _used(self, *kinds: str) -> list[str]:
         names = (getattr(node, kind) for node in self.nodes for kind in kinds)
@@ -159,6 +159,27 @@ def pack_csr(dense: Array) -> tuple[Array, Array, Array]:
         raise ValueError(f"a weight of shape {dense.shape} keeps {crow[-1]} values, more than int32 can index")
     columns = np.nonzero(kept)[1].astype(_column_dtype(matrix.shape[1]))
     return crow.astype(np.int32), columns, matrix[kept]
+
+
+def pack_gaps(crow: Array, columns: Array) -> Array:
+    """`columns` `(nnz,)`, ascending in each row of `crow`, as gaps in bytes: how many empty columns come before each.
+
+    A byte of 255 means 255 empty columns and no kept one, so wide gaps take several bytes.
+    """
+    before = np.empty(columns.shape, np.int64)
+    before[1:] = columns[:-1]
+    before[crow[:-1][np.diff(crow) > 0]] = -1
+    gaps = columns.astype(np.int64) - before - 1
+    skips = gaps // _SKIP
+    out = np.full(len(gaps) + int(skips.sum()), _SKIP, np.uint8)
+    out[np.cumsum(skips + 1) - 1] = gaps % _SKIP
+    return out
+
+
+def _columns(crow: Array, columns: Array, block_columns: int) -> dict[str, Array]:
+    """The smaller of the two ways of storing them."""
+    gaps, plain = pack_gaps(crow, columns), columns.astype(_column_dtype(block_columns))
+    return {"col_gaps": gaps} if gaps.nbytes <= plain.nbytes else {"col_indices": plain}
 
 
 def _column_dtype(columns: int) -> type[np.uint16] | type[np.int32]:
@@ -188,14 +209,14 @@ def _weight_arrays(name: str, weight: Weight) -> dict[str, Array]:
     masks: Array | None = None
     if (block_shape := _block_shape(weight)) is None:
         return {f"{name}.values": weight.dense}
+    block_columns = -(-(weight.dense[0].size) // block_shape[1])
     if weight.sparse is None:
         crow, columns, values = pack_csr(weight.dense)
     else:
         packed = weight.sparse
         crow, values = packed.crow_indices.astype(np.int32), _float32(name, packed.values)
-        block_columns = -(-(weight.dense[0].size) // block_shape[1])
-        columns, masks = packed.col_indices.astype(_column_dtype(block_columns)), packed.masks
-    arrays = {"crow_indices": crow, "col_indices": columns, "values": values}
+        columns, masks = packed.col_indices, packed.masks
+    arrays = {"crow_indices": crow, "values": values} | _columns(crow, columns, block_columns)
     if masks is not None:
         arrays["masks"] = masks.astype(np.uint64)
     return {f"{name}.{key}": array for key, array in arrays.items()}

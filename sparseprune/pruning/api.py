@@ -1,11 +1,9 @@
-"""The front door of pruning: `prune`, `hold_zeros` and `finalize`."""
+"""The front door of pruning: `prune`, `hold_zeros`, `apply_masks` and `finalize`."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -13,16 +11,17 @@ from torch import Tensor, nn
 
 from .criteria import Criterion, ScoreFunction, compute_scores, resolve_criterion
 from .masks import iter_masked, remove_mask
-from .patterns import Pattern, resolve_pattern
-from .scopes import Amount, Scope, check_amount, prune_units, resolve_scope, target_count
-from .selection import PrunableWeight, Selector, find_weights, matches_name
+from .patterns import Pattern, Slice, resolve_pattern
+from .ranking import choose
+from .scopes import Scope, check_amount, check_density, resolve_scope
+from .selection import PrunableWeight, Selector, find_weights
+from .targets import State, check_pattern_amounts, follow_filters, held, split_groups
 
-__all__ = ["finalize", "hold_zeros", "prune"]
+__all__ = ["apply_masks", "finalize", "hold_zeros", "prune"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 DEFAULT_LAYERS: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
-STRAY_ZEROS = 1e-3  # a smaller share of zeros without a mask is chance (random initialisation), not pruning
 
 
 def prune(
@@ -31,7 +30,7 @@ def prune(
     pattern: str | Pattern = "1x1", scope: str | Scope = "global",
     include: Iterable[Selector] | Selector = DEFAULT_LAYERS, exclude: Iterable[Selector] | Selector = (),
     parameters: Iterable[str] | str = ("weight",), amounts: Mapping[str, float | int] | None = None,
-    seed: int | None = None,
+    min_density: float = 0.0, seed: int | None = None,
 ) -> _Model:  # fmt: skip
     """Prune `model` in place to a final sparsity, by masks that training cannot undo.
 
@@ -42,18 +41,28 @@ def prune(
     Args:
         model: any module, on any device, of any floating dtype.
         amount: a float in [0, 1) is the final sparsity of the eligible weights: exactly `round(amount * eligible)` are
-            pruned in the end. An int is that number itself (with `scope="local"`, in every layer). With blocks, the
-            nearest number of whole blocks.
-        criterion: what ranks: "magnitude", "random", a `Criterion`, a function `(name, weight) -> scores`, or a dict
-            from parameter or layer name to scores of the weight's shape; the lowest are pruned first.
-        pattern: what shape goes: "1x1" (unstructured), "4x1", "RxC": blocks of the matrix out x (in/groups * kh * kw).
-        scope: "global" ranks all layers together, "local" prunes each to `amount`.
+            pruned in the end. An int is that number itself (with `scope="local"`, in every layer). With units of more
+            than one weight, the nearest number of whole units; with "N:M" it must be `1 - N / M`.
+        criterion: what ranks: "magnitude", "random", a `Criterion` (`Magnitude`, `Random`, `Taylor`, `BNScale`, your
+            own), a function `(name, weight) -> scores`, or a dict from parameter or layer name to scores of the
+            weight's shape; the lowest are pruned first. For masks of your own see `apply_masks`.
+        pattern: what shape goes. "1x1" (unstructured); "RxC", such as "4x1": blocks of the matrix
+            out x (in / groups * kh * kw); "N:M", such as "2:4": at most N kept of every M along its rows (`NofM`);
+            "filter", "channel", "kernel_row", "kernel_col": whole slices (`Slice`). Units of different sizes compare
+            by their mean score. With "filter", parameters of one dimension (biases) go with the filters of their
+            layer, and are not counted.
+        scope: "global" ranks all layers together, "local" prunes each to `amount`, "erk" each to its Erdos-Renyi-Kernel
+            share (`ErdosRenyi`).
         include: layer types, names of layers or of modules around them, or globs. Normalisation layers are selected
             by exact name or by type only.
         exclude: what `include` selects but must stay as it is; the same vocabulary.
         parameters: names of the parameters to prune in those layers.
         amounts: layer names or globs -> an amount for each such layer alone (an exact name wins over a glob, an earlier
             glob over a later one); `amount` then governs the other layers.
+        min_density: a floor against layer collapse: no layer keeps less than this share of its weights, in whole
+            units, and the others make up for it; a layer that is below it already stays as it is. 0 by default, as
+            the papers rank: whether a layer may vanish (a residual branch, say, which is pure speed) is for the user
+            to say.
         seed: for random criteria; None draws from torch's global generator.
 
     Returns:
@@ -61,35 +70,50 @@ def prune(
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: an amount outside its range or below the present sparsity; a name that matches nothing; NaN or
-            infinite weights; tied layers with different masks.
+        ValueError: an amount outside its range, below the present sparsity, or beyond what `min_density` leaves; a
+            name that matches nothing; a pattern that a parameter cannot have; NaN or infinite weights; tied layers
+            with different masks.
 
     Warns:
         UserWarning: a layer was pruned to nothing.
 
     Example:
         >>> prune(model, 0.95, exclude=("fc",), amounts={"conv1": 0.5})
+        >>> prune(model, 0.3, criterion=Taylor(batches), pattern="filter", include=nn.Conv2d, min_density=0.1)
         >>> finetune(model, loader, epochs=5)
 
     Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015 (arXiv:1506.02626).
     """
-    amount = check_amount(amount)
+    amount, floor = check_amount(amount), check_density(min_density)
     ranking, shape, spread = resolve_criterion(criterion), resolve_pattern(pattern), resolve_scope(scope)
+    check_pattern_amounts(shape, amount, amounts or {}, spread, floor)
     weights = find_weights(model, include, exclude, parameters)
-    groups = _groups(weights, amount, spread, amounts or {})
     values = {weight.name: _checked_values(weight) for weight in weights}
-    states = {weight.name: _State.of(weight, values[weight.name]) for weight in weights}
-    chosen = [_held(group, [states[weight.name] for weight in group], share, shape) for group, share in groups]
+    states = {weight.name: State.of(weight, values[weight.name]) for weight in weights}
+    followed = follow_filters(weights) if isinstance(shape, Slice) and shape.dim == 0 else {}
+    leaders = [weight for weight in weights if weight.name not in followed]
+    patterns = {w.name: shape.bind(w.name, w.sites[0][0], tuple(values[w.name].shape)) for w in leaders}
+    groups = []
+    for group, share in split_groups(leaders, amount, spread, amounts or {}, floor):
+        names = [weight.name for weight in group]
+        where = names[0] if len(names) == 1 else f"{len(names)} layers"
+        groups.append((names, where, *held([states[n] for n in names], [patterns[n] for n in names], share, where)))
 
+    kept = {name: mask for names, _, before, _ in groups for name, mask in zip(names, before, strict=True)}
+    ranked = {weight.name: values[weight.name] for weight in leaders}
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    scores = compute_scores(ranking, model, values, generator)
-    masks: list[tuple[PrunableWeight, Tensor]] = []
-    for (group, _), (held, remaining) in zip(groups, chosen, strict=True):
-        masks += zip(group, _select(held, [scores[weight.name] for weight in group], remaining, shape), strict=True)
-    for weight, mask in masks:
+    scores = compute_scores(ranking, model, ranked, kept, patterns, generator)
+    masks: dict[str, Tensor] = {}
+    for names, where, before, remaining in groups:
+        chosen = choose(before, [scores[n] for n in names], [patterns[n] for n in names], remaining, floor, where)
+        masks |= zip(names, chosen, strict=True)
+    for name, leader in followed.items():
+        masks[name] = states[name].by_mask & (patterns[leader].reduce(masks[leader].to(torch.float32)) > 0)
+    for weight in weights:
+        mask = masks[weight.name]
         if states[weight.name].masked or not bool(mask.all()):
             weight.set_mask(mask)
-    _warn_empty([weight.name for weight, mask in masks if mask.numel() and not bool(mask.any())])
+    _warn_empty([name for name, mask in masks.items() if mask.numel() and not bool(mask.any())])
     return model
 
 
@@ -123,6 +147,45 @@ def hold_zeros(
     return model
 
 
+def apply_masks(model: _Model, masks: Mapping[str, Tensor]) -> _Model:
+    """Give layers the user's own masks, in place: a winning ticket's, another model's, another tool's.
+
+    Weights that are pruned already stay pruned. Tied layers share the mask that one of them is given. Nothing is
+    changed if an error is raised.
+
+    Args:
+        model: any module.
+        masks: parameter name, or layer name (its weight), -> bool tensor of the parameter's shape, True = kept.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: a mask is not a bool tensor.
+        ValueError: a name that matches no parameter, or two that match one; a mask of another shape.
+
+    Example:
+        >>> masks = {name: p.abs() > 1e-3 for name, p in trained.named_parameters() if p.ndim > 1}
+        >>> apply_masks(model, masks)
+    """
+    chosen: dict[str, tuple[PrunableWeight, Tensor]] = {}
+    for name, mask in masks.items():
+        weight = _weight_named(model, name)
+        shape = tuple(weight.values().shape)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"masks[{name!r}] must be a bool tensor (True = kept), got {got}")
+        if mask.shape != shape:
+            raise ValueError(f"masks[{name!r}] has shape {tuple(mask.shape)}, expected {weight.name}'s shape {shape}")
+        if weight.name in chosen:
+            raise ValueError(f"masks[{name!r}] is a second mask for {weight.name}")
+        before = weight.mask()
+        chosen[weight.name] = weight, mask if before is None else before & mask.to(before.device)
+    for weight, mask in chosen.values():
+        weight.set_mask(mask)
+    return model
+
+
 def finalize(model: _Model) -> _Model:
     """Bake every mask in place: plain parameters with zeros, plain `state_dict` keys, nothing left to hold them.
 
@@ -143,27 +206,6 @@ def finalize(model: _Model) -> _Model:
     return model
 
 
-@dataclass
-class _State:
-    """What of one parameter is pruned before the call; bool tensors on the CPU, True = kept."""
-
-    masked: bool
-    by_mask: Tensor
-    by_zeros: Tensor  # masks and plain zeros
-
-    @classmethod
-    def of(cls, weight: PrunableWeight, values: Tensor) -> _State:
-        mask, nonzero = weight.mask(), (values != 0).cpu()
-        kept = torch.ones_like(nonzero) if mask is None else mask.cpu()
-        return cls(mask is not None, kept, kept & nonzero)
-
-
-def largest_unit(pattern: Pattern, shapes: Iterable[tuple[int, ...]]) -> int:
-    """Weights in the largest unit of parameters of these shapes."""
-    ones = (torch.ones(shape) for shape in shapes if math.prod(shape))
-    return max((int(pattern.reduce(each).max()) for each in ones), default=1)
-
-
 def _checked_values(weight: PrunableWeight) -> Tensor:
     values = weight.values()
     if not values.is_floating_point():
@@ -173,55 +215,16 @@ def _checked_values(weight: PrunableWeight) -> Tensor:
     return values
 
 
-def _groups(
-    weights: Sequence[PrunableWeight], amount: Amount, scope: Scope, amounts: Mapping[str, float | int]
-) -> list[tuple[list[PrunableWeight], Amount]]:
-    own = {key: check_amount(value, f"amounts[{key!r}]") for key, value in amounts.items()}
-    unused, groups, rest = set(own), [], []
-    for weight in weights:
-        keys = [key for key in own if matches_name(key, weight)]
-        unused -= set(keys)
-        exact = [key for key in keys if key in weight.names]
-        if keys:
-            groups.append(([weight], own[(exact or keys)[0]]))
-        else:
-            rest.append(weight)
-    for key in (key for key in own if key in unused):
-        raise ValueError(f"amounts[{key!r}] matches no eligible layer; they are {[w.layer for w in weights][:8]}")
-    sizes = [weight.values().numel() for weight in rest]
-    groups += [([rest[index] for index in members], share) for members, share in scope.groups(sizes, amount)]
-    return groups
-
-
-def _held(
-    group: Sequence[PrunableWeight], states: Sequence[_State], amount: Amount, pattern: Pattern
-) -> tuple[list[Tensor], int]:
-    """What the group keeps so far, and how many more weights have to go."""
-    where = group[0].name if len(group) == 1 else f"{len(group)} layers"
-    total = sum(state.by_mask.numel() for state in states)
-    target = target_count(amount, total, where)
-    masked = total - sum(int(state.by_mask.sum()) for state in states)
-    pruned = total - sum(int(state.by_zeros.sum()) for state in states)
-    # With blocks the count reached last time is the nearest one, not the target: less than a block is not "below".
-    if pruned - target < largest_unit(pattern, [tuple(state.by_mask.shape) for state in states]):
-        return [state.by_zeros for state in states], target - pruned
-    if masked <= target and pruned - masked < STRAY_ZEROS * total:
-        return [state.by_mask for state in states], target - masked
-    raise ValueError(
-        f"amount={amount} asks for {target} of the {total} weights in {where} to be pruned, but {pruned} already are "
-        f"(sparsity {pruned / total:.4f}): an amount is the final sparsity and cannot go below the present one"
-    )
-
-
-def _select(held: Sequence[Tensor], scores: Sequence[Tensor], count: int, pattern: Pattern) -> list[Tensor]:
-    """Prune `count` more weights over a group -> the masks, on the CPU."""
-    live = [pattern.reduce(kept.to(torch.float32)).to(torch.int64) for kept in held]
-    sums = [pattern.reduce(torch.where(kept, score, 0)) for kept, score in zip(held, scores, strict=True)]
-    keep = prune_units(torch.cat(sums), torch.cat(live), count)
-    parts = torch.split(keep, [len(units) for units in live])
-    return [kept & pattern.expand(part, tuple(kept.shape)) for kept, part in zip(held, parts, strict=True)]
+def _weight_named(model: nn.Module, name: str) -> PrunableWeight:
+    """The parameter called `name`, or the weight of the layer called so."""
+    layers = dict(model.named_modules(remove_duplicate=False))
+    layer, _, parameter = (name, ".", "weight") if name in layers and name else name.rpartition(".")
+    if not isinstance(getattr(layers.get(layer), parameter, None), Tensor):
+        raise ValueError(f"masks[{name!r}] matches no parameter and no layer with a weight")
+    return find_weights(model, f"{layer}.{parameter}" if layer else parameter, parameters=parameter)[0]
 
 
 def _warn_empty(names: list[str]) -> None:
     if names:
-        warnings.warn(f"pruned to nothing: {', '.join(names)}; exclude them or use scope='local'", stacklevel=3)
+        text = f"pruned to nothing: {', '.join(names)}; exclude them, set min_density, or use scope='local'"
+        warnings.warn(text, stacklevel=3)

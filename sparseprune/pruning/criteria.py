@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from .patterns import Pattern, mean_over_units
 
 __all__ = ["CRITERIA", "Criterion", "Magnitude", "Random", "Scores", "compute_scores", "resolve_criterion"]
 
 ScoreFunction = Callable[[str, Tensor], Tensor]
 
 
-class Criterion(ABC):
-    """Subclass this, or pass `prune` a function or a dict of scores, to rank weights another way."""
+class Criterion:
+    """Subclass this, or pass `prune` a function or a dict of scores, to rank weights another way.
 
-    @abstractmethod
+    Override `scores`; or `unit_scores`, if what a unit (block, filter, ...) is worth is not its weights' mean score.
+    """
+
     def scores(
         self, model: nn.Module, weights: Mapping[str, Tensor], generator: torch.Generator | None
     ) -> Mapping[str, Tensor]:
@@ -30,10 +33,32 @@ class Criterion(ABC):
         Returns:
             parameter name -> scores of the same shape; the lowest are pruned first.
         """
+        raise NotImplementedError(f"{type(self).__name__} must define scores or unit_scores")
+
+    def unit_scores(
+        self, model: nn.Module, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor],
+        patterns: Mapping[str, Pattern], generator: torch.Generator | None,
+    ) -> Mapping[str, Tensor]:  # fmt: skip
+        """Score every unit of every parameter; the mean of its weights' `scores` unless overridden.
+
+        Args:
+            model, weights, generator: as for `scores`.
+            kept: parameter name -> bool of the weight's shape, on the CPU; False where it is pruned already.
+            patterns: parameter name -> the pattern, bound to that weight; `reduce` and `expand` say what a unit is.
+
+        Returns:
+            parameter name -> scores (units,); the lowest are pruned first.
+        """
+        given = self.scores(model, weights, generator)
+        scores = {name: _checked(given, name, weight.shape) for name, weight in weights.items()}
+        return {name: mean_over_units(score, kept[name], patterns[name]) for name, score in scores.items()}
 
 
 class Magnitude(Criterion):
-    """|w|**p. With 1x1 patterns p makes no difference; in blocks the powers are summed.
+    """|w|**p. With 1x1 patterns p makes no difference; larger units rank by the mean of |w|**p.
+
+    For filters of one size that is the order of their L1 or L2 norms (Li et al., Pruning Filters for Efficient
+    ConvNets, 2017, arXiv:1608.08710, who rank inside a layer: `scope="local"`).
 
     Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015 (arXiv:1506.02626).
 
@@ -53,12 +78,15 @@ class Magnitude(Criterion):
 
 
 class Random(Criterion):
-    """Uniform noise: the baseline that every other criterion must beat. Set `prune`'s `seed` to repeat it."""
+    """Uniform noise, one number a unit: the baseline to beat. Set `prune`'s `seed` to repeat it."""
 
-    def scores(
-        self, model: nn.Module, weights: Mapping[str, Tensor], generator: torch.Generator | None
-    ) -> Mapping[str, Tensor]:
-        return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
+    def unit_scores(
+        self, model: nn.Module, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor],
+        patterns: Mapping[str, Pattern], generator: torch.Generator | None,
+    ) -> Mapping[str, Tensor]:  # fmt: skip
+        # The mean of many weights' noise would be near a half in every large unit, and small ones would go first.
+        units = {name: patterns[name].reduce(mask.to(torch.float32)) for name, mask in kept.items()}
+        return {name: torch.rand(len(unit), generator=generator) for name, unit in units.items()}
 
 
 class Scores(Criterion):
@@ -85,6 +113,7 @@ class Scores(Criterion):
 
 
 CRITERIA: dict[str, Callable[[], Criterion]] = {"magnitude": Magnitude, "random": Random}
+_WITH_ARGUMENTS = {"taylor": "Taylor(batches)", "bnscale": "BNScale(example_inputs)"}
 
 
 def resolve_criterion(criterion: str | Criterion | ScoreFunction | Mapping[str, Tensor]) -> Criterion:
@@ -92,6 +121,8 @@ def resolve_criterion(criterion: str | Criterion | ScoreFunction | Mapping[str, 
     if isinstance(criterion, Criterion):
         return criterion
     if isinstance(criterion, str):
+        if criterion in _WITH_ARGUMENTS:
+            raise ValueError(f"criterion={criterion!r} needs data: pass pruning.{_WITH_ARGUMENTS[criterion]}")
         if criterion not in CRITERIA:
             raise ValueError(f"criterion must be one of {sorted(CRITERIA)}, scores or a Criterion, got {criterion!r}")
         return CRITERIA[criterion]()
@@ -101,22 +132,23 @@ def resolve_criterion(criterion: str | Criterion | ScoreFunction | Mapping[str, 
 
 
 def compute_scores(
-    criterion: Criterion, model: nn.Module, weights: Mapping[str, Tensor], generator: torch.Generator | None
-) -> dict[str, Tensor]:
-    """Run the criterion and check what it gives: every name, its shape, no NaN. On the CPU, at least float32."""
-    given = criterion.scores(model, weights, generator)
-    result = {}
-    for name, weight in weights.items():
-        scores = given.get(name)
-        if not isinstance(scores, Tensor):
-            raise TypeError(f"criterion must give a tensor of scores for {name}, got {type(scores).__name__}")
-        if scores.shape != weight.shape:
-            raise ValueError(
-                f"criterion's scores for {name} have shape {tuple(scores.shape)}, expected {tuple(weight.shape)}"
-            )
-        scores = scores.detach().cpu()
-        scores = scores if scores.dtype == torch.float64 else scores.to(torch.float32)
-        if torch.isnan(scores).any():
-            raise ValueError(f"criterion's scores for {name} hold NaN")
-        result[name] = scores
-    return result
+    criterion: Criterion, model: nn.Module, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor],
+    patterns: Mapping[str, Pattern], generator: torch.Generator | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Run the criterion and check what it gives: every name, (units,), no NaN. On the CPU, at least float32."""
+    given = criterion.unit_scores(model, weights, kept, patterns, generator)
+    counts = {name: len(patterns[name].reduce(mask.to(torch.float32))) for name, mask in kept.items()}
+    return {name: _checked(given, name, (counts[name],)) for name in weights}
+
+
+def _checked(given: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> Tensor:
+    scores = given.get(name)
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"criterion must give a tensor of scores for {name}, got {type(scores).__name__}")
+    if tuple(scores.shape) != tuple(shape):
+        raise ValueError(f"criterion's scores for {name} have shape {tuple(scores.shape)}, expected {tuple(shape)}")
+    scores = scores.detach().cpu()
+    scores = scores if scores.dtype == torch.float64 else scores.to(torch.float32)
+    if torch.isnan(scores).any():
+        raise ValueError(f"criterion's scores for {name} hold NaN")
+    return scores

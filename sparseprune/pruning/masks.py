@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
-__all__ = ["Mask", "effective_weight", "get_mask", "iter_masked", "remove_mask", "set_mask", "stored_parameter"]
+__all__ = [
+    "Mask", "effective_weight", "get_mask", "has_only_masks", "iter_masked", "remove_mask", "set_mask",
+    "stored_parameter",
+]  # fmt: skip
 
 
 class Mask(nn.Module):
@@ -107,7 +110,7 @@ def set_mask(module: nn.Module, mask: Tensor, name: str = "weight", *, holder: M
         parametrize.register_parametrization(module, name, holder)
         found = [holder]
     stored = stored_parameter(module, name)
-    if isinstance(stored, Tensor) and _only_masks(module, name):
+    if isinstance(stored, Tensor) and has_only_masks(module, name):
         with torch.no_grad():
             stored.masked_fill_(~mask, 0)
     return found[0]
@@ -167,6 +170,11 @@ def iter_masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield layer, module, name
 
 
+def has_only_masks(module: nn.Module, name: str) -> bool:
+    """Whether nothing but masks parametrizes a parameter that is parametrized."""
+    return len(_masks(module, name)) == len(_parametrization_list(module, name))
+
+
 def _check_bool(mask: object) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -207,10 +215,6 @@ def _masks(module: nn.Module, name: str) -> list[Mask]:
     if not parametrize.is_parametrized(module, name):
         return []
     return [each for each in _parametrization_list(module, name) if isinstance(each, Mask)]
-
-
-def _only_masks(module: nn.Module, name: str) -> bool:
-    return len(_masks(module, name)) == len(_parametrization_list(module, name))
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:

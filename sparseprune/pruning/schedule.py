@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .api import DEFAULT_LAYERS, STRAY_ZEROS, largest_unit, prune
-from .patterns import Pattern, resolve_pattern
-from .scopes import Amount, Local, check_amount, resolve_scope, target_count
-from .selection import PrunableWeight, find_weights, matches_name
+from .api import DEFAULT_LAYERS, prune
+from .patterns import NofM, Pattern, Slice, resolve_pattern
+from .scopes import Amount, check_amount, check_density, resolve_scope, target_count
+from .selection import PrunableWeight, find_weights
+from .targets import STRAY_ZEROS, State, check_pattern_amounts, follow_filters, held, split_groups
 
 __all__ = ["SCHEDULES", "Pruner"]
 
@@ -44,7 +45,8 @@ class Pruner:
         every: calls of `step()` for one pruning; the first call prunes.
         per: "epoch" or "batch": when `finetune` calls `step()`.
         options: `criterion`, `pattern`, `scope`, `include`, `exclude`, `parameters`, `amounts`, `min_density`, `seed`:
-            as in `prune`. Layers with an amount of their own follow the schedule from their own present sparsity.
+            as in `prune`. A layer with an amount of its own, by `amounts` or by the scope, follows the schedule from
+            its own present sparsity.
 
     Raises:
         TypeError, ValueError: as `prune`, and for an unknown schedule, or `steps` or `every` below 1.
@@ -68,10 +70,11 @@ class Pruner:
             raise ValueError(f'per must be "epoch" or "batch", got {per!r}')
         self.model, self.steps, self.every, self.per = model, steps, every, per
         self._schedule = schedule
-        self._options = dict(options)
+        self._amount, self._options = check_amount(amount), dict(options)
         self._calls = 0
-        self._goals, weights = _goals(model, check_amount(amount), self._options)
-        self._options.pop("amounts", None)
+        self._goals, weights = _goals(model, self._amount, self._options)
+        if steps > 1 and isinstance(resolve_pattern(options.get("pattern", "1x1")), NofM):
+            raise ValueError(f"an N:M pattern fixes the sparsity: steps must be 1, got {steps}")
         for weight in weights:
             if weight.mask() is None:
                 weight.set_mask(_kept(weight))
@@ -88,11 +91,13 @@ class Pruner:
             ValueError: as `prune`; the call is then not counted.
         """
         due = not self.finished and self._calls % self.every == 0
-        if due:
+        if due and self._done() + 1 == self.steps:
+            prune(self.model, self._amount, **self._options)
+        elif due:
             share = (self._done() + 1) / self.steps
-            amounts = {layer: goal.at(self._schedule, share) for layer, goal in self._goals.items()}
-            rest = amounts.pop("", 0.0)
-            prune(self.model, rest, amounts=amounts, **self._options)
+            amounts = {name: goal.at(self._schedule, share) for name, goal in self._goals.items()}
+            rest = amounts.pop("", 0)
+            prune(self.model, rest, **{**self._options, "amounts": amounts})
         self._calls += 1
         return due
 
@@ -139,8 +144,6 @@ class _Goal:
 
     def at(self, schedule: str | Callable[[float], float], share: float) -> int:
         """Weights pruned after a share of the steps."""
-        if share >= 1:
-            return self.final
         if schedule == "iterative":  # the same share of what is left, every time
             kept, last = self.total - self.start, self.total - self.final
             return self.total - round(kept * (last / kept) ** share) if kept else self.final
@@ -151,7 +154,7 @@ class _Goal:
 def _goals(
     model: nn.Module, amount: Amount, options: Mapping[str, Any]
 ) -> tuple[dict[str, _Goal], list[PrunableWeight]]:
-    """Layer name -> its goal, "" for all that are ranked together; and all eligible weights."""
+    """Parameter name -> its goal, "" for all that are ranked together; and all eligible weights."""
     known = {"criterion", "pattern", "scope", "include", "exclude", "parameters", "amounts", "min_density", "seed"}
     for key in options:
         if key not in known:
@@ -159,40 +162,28 @@ def _goals(
     weights = find_weights(
         model, options.get("include", DEFAULT_LAYERS), options.get("exclude", ()), options.get("parameters", "weight")
     )
-    own = {key: check_amount(value, f"amounts[{key!r}]") for key, value in (options.get("amounts") or {}).items()}
-    pattern = resolve_pattern(options.get("pattern", "1x1"))
+    pattern, scope = resolve_pattern(options.get("pattern", "1x1")), resolve_scope(options.get("scope", "global"))
+    amounts, floor = options.get("amounts") or {}, check_density(options.get("min_density", 0.0))
+    check_pattern_amounts(pattern, amount, amounts, scope, floor)
+    followed = follow_filters(weights) if isinstance(pattern, Slice) and pattern.dim == 0 else {}
     goals: dict[str, _Goal] = {}
-    rest: list[PrunableWeight] = []
-    unused = set(own)
-    for weight in weights:
-        keys = [key for key in own if matches_name(key, weight)]
-        unused -= set(keys)
-        exact = [key for key in keys if key in weight.names]
-        if keys:
-            goals[weight.name] = _goal([weight], own[(exact or keys)[0]], pattern, weight.name)
-        else:
-            rest.append(weight)
-    for key in sorted(unused):
-        raise ValueError(f"amounts[{key!r}] matches no eligible layer; they are {[w.layer for w in weights][:8]}")
-    if isinstance(resolve_scope(options.get("scope", "global")), Local):
-        goals.update({weight.name: _goal([weight], amount, pattern, weight.name) for weight in rest})
-    elif rest:
-        goals[""] = _goal(rest, amount, pattern, f"{len(rest)} layers")
+    for group, share in split_groups([w for w in weights if w.name not in followed], amount, scope, amounts, floor):
+        key = group[0].name if len(group) == 1 else ""
+        if key in goals:
+            raise ValueError(f"scope={scope!r} ranks several groups of layers: such a scope cannot be scheduled")
+        goals[key] = _goal(group, share, pattern, key or f"{len(group)} layers")
     return goals, weights
 
 
 def _goal(weights: Sequence[PrunableWeight], amount: Amount, pattern: Pattern, where: str) -> _Goal:
-    start = total = 0
-    for weight in weights:
-        kept = _kept(weight)
-        start, total = start + int((~kept).sum()), total + kept.numel()
+    """Raises ValueError where more is pruned already than `amount` asks for."""
+    states = [State.of(weight, weight.values()) for weight in weights]
+    bound = [pattern.bind(w.name, w.sites[0][0], tuple(w.values().shape)) for w in weights]
+    held(states, bound, amount, where)
+    total = sum(state.by_mask.numel() for state in states)
+    pruned = sum(int((~_kept(weight)).sum()) for weight in weights)
     final = target_count(amount, total, where)
-    if start - final >= largest_unit(pattern, [tuple(weight.values().shape) for weight in weights]):
-        raise ValueError(
-            f"amount={amount} asks for {final} of the {total} weights in {where} to be pruned, but {start} already are"
-            ": an amount is the final sparsity and cannot go below the present one"
-        )
-    return _Goal(min(start, final), final, total)
+    return _Goal(min(pruned, final), final, total)
 
 
 def _kept(weight: PrunableWeight) -> Tensor:

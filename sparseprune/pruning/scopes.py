@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import SupportsFloat, SupportsIndex, cast
 
-import torch
-from torch import Tensor
-
 __all__ = [
-    "SCOPES", "Amount", "Global", "Local", "Scope", "check_amount", "prune_units", "resolve_scope", "target_count",
+    "SCOPES", "Amount", "ErdosRenyi", "Global", "Local", "Scope", "check_amount", "check_density", "floor_count",
+    "resolve_scope", "target_count",
 ]  # fmt: skip
 
 Amount = int | float
@@ -22,33 +21,71 @@ class Scope(ABC):
     """How an amount is spread. Subclass it for another rule."""
 
     @abstractmethod
-    def groups(self, sizes: Sequence[int], amount: Amount) -> list[tuple[list[int], Amount]]:
+    def groups(
+        self, shapes: Sequence[tuple[int, ...]], amount: Amount, min_density: float
+    ) -> list[tuple[list[int], Amount]]:
         """Split parameters into groups that are ranked together.
 
         Args:
-            sizes: number of weights of each eligible parameter.
+            shapes: of each eligible parameter.
             amount: float, the final sparsity; int, the number of weights pruned.
+            min_density: the share of its weights that each parameter keeps at least. Whoever selects inside a group
+                sees to it; a scope that spreads the amount over groups itself must leave room for it.
 
         Returns:
-            (indices into `sizes`, amount of that group), each parameter in one group.
+            (indices into `shapes`, amount of that group), each parameter in one group.
         """
 
 
 class Global(Scope):
     """One ranking over all parameters, so that layers end up with different sparsities."""
 
-    def groups(self, sizes: Sequence[int], amount: Amount) -> list[tuple[list[int], Amount]]:
-        return [(list(range(len(sizes))), amount)] if sizes else []
+    def groups(
+        self, shapes: Sequence[tuple[int, ...]], amount: Amount, min_density: float
+    ) -> list[tuple[list[int], Amount]]:
+        return [(list(range(len(shapes))), amount)] if shapes else []
 
 
 class Local(Scope):
     """Every parameter by itself, each to the same amount ("uniform")."""
 
-    def groups(self, sizes: Sequence[int], amount: Amount) -> list[tuple[list[int], Amount]]:
-        return [([index], amount) for index in range(len(sizes))]
+    def groups(
+        self, shapes: Sequence[tuple[int, ...]], amount: Amount, min_density: float
+    ) -> list[tuple[list[int], Amount]]:
+        return [([index], amount) for index in range(len(shapes))]
 
 
-SCOPES: dict[str, Callable[[], Scope]] = {"global": Global, "local": Local}
+class ErdosRenyi(Scope):
+    """Erdos-Renyi-Kernel: every layer keeps weights in proportion to the sum of its dimensions, out + in + kh + kw.
+
+    Small layers stay dense and wide ones become sparsest, whatever their weights are; the total is exact. A layer
+    keeps one weight at least, all of them at most, and what it cannot take goes to the others. Parameters of one
+    dimension (biases) stay dense. Where `amount` grows from call to call, no layer's share ever shrinks.
+
+    Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018
+    (arXiv:1707.04780); Evci et al., Rigging the Lottery, 2020 (arXiv:1911.11134).
+
+    Raises:
+        ValueError: the floors of all layers together keep more than `amount` leaves.
+    """
+
+    def groups(
+        self, shapes: Sequence[tuple[int, ...]], amount: Amount, min_density: float
+    ) -> list[tuple[list[int], Amount]]:
+        sizes = [math.prod(shape) for shape in shapes]
+        total = sum(sizes)
+        kept = total - target_count(amount, total, f"{len(shapes)} layers")
+        floors = [max(min(size, 1), floor_count(size, min_density)) for size in sizes]
+        if sum(floors) > kept:
+            raise ValueError(
+                f"amount={amount} keeps {kept} of {total} weights, but scope='erk' with min_density={min_density} "
+                f"keeps {sum(floors)} at least"
+            )
+        counts = _proportional([sum(shape) for shape in shapes], floors, sizes, kept)
+        return [([index], sizes[index] - count) for index, count in enumerate(counts)]
+
+
+SCOPES: dict[str, Callable[[], Scope]] = {"global": Global, "local": Local, "erk": ErdosRenyi}
 
 
 def resolve_scope(scope: str | Scope) -> Scope:
@@ -80,6 +117,26 @@ def check_amount(amount: object, argument: str = "amount") -> Amount:
     return fraction
 
 
+def check_density(min_density: object) -> float:
+    """`min_density` as float, if it is a share.
+
+    Raises:
+        TypeError: it is no number, or a bool.
+        ValueError: outside [0, 1].
+    """
+    if isinstance(min_density, bool) or not isinstance(min_density, Real):
+        raise TypeError(f"min_density must be a float (share of a layer's weights), got {min_density!r}")
+    share = float(cast(SupportsFloat, min_density))
+    if not 0 <= share <= 1:
+        raise ValueError(f"min_density is the share of its weights that a layer keeps, in [0, 1], got {share}")
+    return share
+
+
+def floor_count(size: int, min_density: float) -> int:
+    """The fewest weights that are `min_density` of `size`; 0.1 of 10 is 1, whatever floating point makes of it."""
+    return math.ceil(min_density * size - 1e-6)
+
+
 def target_count(amount: Amount, total: int, where: str) -> int:
     """How many of `total` weights are pruned in the end: `round(amount * total)`, or `amount` itself if an int."""
     if isinstance(amount, float):
@@ -89,37 +146,20 @@ def target_count(amount: Amount, total: int, where: str) -> int:
     return amount
 
 
-def prune_units(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
-    """Keep or prune whole units, the lowest scores first, equal scores in order.
+def _proportional(shares: Sequence[int], floors: Sequence[int], caps: Sequence[int], total: int) -> list[int]:
+    """Whole numbers in proportion to `shares`, each within its floor and cap, that add up to `total`.
 
-    Args:
-        scores: (units,) float on the CPU.
-        sizes: (units,) int64, weights that the unit would still prune; units of size 0 are left alone.
-        count: weights to prune: met exactly if units have one weight, else by the nearest number of units.
-
-    Returns:
-        (units,) bool, True = kept.
+    One scale is searched for all (a divisor method), so that a smaller total gives nobody more.
     """
-    keep = torch.ones_like(sizes, dtype=torch.bool)
-    live = sizes.nonzero().squeeze(1)
-    if count <= 0 or not len(live):
-        return keep
-    scores, sizes = scores[live], sizes[live]
-    size = int(sizes[0])
-    if bool((sizes == size).all()):
-        keep[live[_lowest(scores, min(round(count / size), len(live)))]] = False
-        return keep
-    order = torch.argsort(scores, stable=True)
-    pruned = torch.cat([sizes.new_zeros(1), sizes[order].cumsum(0)])
-    keep[live[order[: int((pruned - count).abs().argmin())]]] = False
-    return keep
 
+    def counts(scale: float) -> list[int]:
+        triples = zip(shares, floors, caps, strict=True)
+        return [min(cap, max(floor, round(scale * share))) for share, floor, cap in triples]
 
-def _lowest(scores: Tensor, number: int) -> Tensor:
-    """Indices of the `number` lowest scores, ties in order. Linear time: a network has tens of millions."""
-    if number == 0:
-        return torch.zeros(0, dtype=torch.int64)
-    threshold = torch.kthvalue(scores, number).values
-    below = (scores < threshold).nonzero().squeeze(1)
-    ties = (scores == threshold).nonzero().squeeze(1)
-    return torch.cat([below, ties[: number - len(below)]])
+    low, high = 0.0, 1.0 + max((cap / share for share, cap in zip(shares, caps, strict=True) if share), default=0.0)
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if sum(counts(middle)) < total else (low, middle)
+    result, lower = counts(high), counts(low)
+    for index, fewer in enumerate(lower):  # equal layers step up together: the first of them wait
+        result[index] -= min(result[index] - fewer, max(0, sum(result) - total))
+    return result

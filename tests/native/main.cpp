@@ -9,7 +9,9 @@
 #include "cpu/isa.h"
 
 void test_reader();
+void test_malformed();
 void test_parallel();
+int replay_corpus(const std::string& folder);
 void test_cuda(int cases);
 void fuzz_layers(const std::string& isa, int cases);
 void test_activations(const std::string& isa);
@@ -21,7 +23,9 @@ int main(int argc, char** argv) {
     std::vector<std::string> isas(argv + (argc > 2 ? 2 : argc), argv + argc);
     if (isas.empty()) isas = sparseprune::supported_isas();
     test_reader();
+    test_malformed();
     test_parallel();
+    std::printf("%d files of the fuzzer's corpus\n", replay_corpus(SPARSEPRUNE_CORPUS));
     test_cuda(cases / 50);
     for (const std::string& isa : isas) {
         test_activations(isa);
