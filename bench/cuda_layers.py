@@ -130,7 +130,7 @@ def check(case: Case, way: Way, weight: Tensor, x: Tensor) -> float:
 
 def graph_times(way: Way, rounds: int = 15) -> dict[str, float]:
     """Median milliseconds of a replay: `warm`, right after another one, and `cold`, after the cache was flushed."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for _ in range(3):
             way()

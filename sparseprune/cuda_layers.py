@@ -9,6 +9,7 @@ is ours.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,18 @@ if TYPE_CHECKING:
     from ._cuda import Kernel
     from .bsr import BlockCSR
 
-__all__ = ["Activation", "Choice", "CudaLayer", "Window", "choose", "event_timer", "extension", "output_shape"]
+__all__ = [
+    "Activation",
+    "Choice",
+    "CudaLayer",
+    "Window",
+    "built",
+    "choose",
+    "event_timer",
+    "extension",
+    "output_shape",
+    "preferred",
+]
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SHARED_BYTES = 72 << 10  # of a block, so that two or three fit a multiprocessor
@@ -111,6 +123,12 @@ def choose(candidates: Mapping[str, Callable[[], Any]], timer: Timer, min_gain: 
     return Choice(best, f"{gain:.2f} times dense, fastest of {len(times)} timed", times)
 
 
+def preferred(names: list[str]) -> str:
+    """Of several candidates the one to take where nothing is timed: the most regular one, and wide strips."""
+    order = ("blocks", "vectors", "gemv", "spmm/4x1/4", "spmm/1x1/4", "spmm", "dense")
+    return min(names, key=lambda name: next((i for i, start in enumerate(order) if name.startswith(start)), len(order)))
+
+
 def event_timer(device: torch.device, rounds: int = 7, calls: int = 5) -> Timer:
     """Milliseconds of a call: the median of `rounds` between events around `calls` calls, on the current stream.
 
@@ -137,6 +155,11 @@ def event_timer(device: torch.device, rounds: int = 7, calls: int = 5) -> Timer:
             return timer(call)
 
     return on_device
+
+
+def built() -> bool:
+    """Whether the extension is here; says nothing of drivers and devices."""
+    return importlib.util.find_spec("._cuda", __package__) is not None
 
 
 def extension() -> Any:
@@ -168,10 +191,15 @@ class CudaLayer:
     Args:
         weight: `(out, in)` or `(out, in/groups, kh, kw)`.
         window: Of a convolution.
+        min_gain: How many times as fast as dense another way must be.
+        measure: Time the candidates; else the one that is meant for such a weight runs (`preferred`).
     """
 
-    def __init__(self, weight: BlockCSR, window: Window | None = None) -> None:
+    def __init__(
+        self, weight: BlockCSR, window: Window | None = None, min_gain: float = 1.0, measure: bool = True
+    ) -> None:
         self.weight, self.window = weight, window or Window()
+        self.min_gain, self.measure = min_gain, measure
         self.choices: dict[tuple[Any, ...], Choice] = {}
         self._calls: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
         self._dense: dict[tuple[Any, ...], Tensor] = {}
@@ -217,8 +245,12 @@ class CudaLayer:
         if torch.cuda.is_current_stream_capturing():
             raise CudaError(f"an input of shape {tuple(x.shape)} was never measured: call the layer before capturing")
         calls = self.candidates(x)
-        timed = {name: partial(call, x, bias, residual, act) for name, call in calls.items()}
-        choice = self.choices[key] = choose(timed, event_timer(x.device))
+        if self.measure:
+            timed = {name: partial(call, x, bias, residual, act) for name, call in calls.items()}
+            choice = choose(timed, event_timer(x.device), self.min_gain)
+        else:
+            choice = Choice(preferred(list(calls)), "default for its weight; nothing was timed")
+        self.choices[key] = choice
         return calls[choice.name]
 
     def candidates(self, x: Tensor) -> dict[str, Callable[..., Tensor]]:
