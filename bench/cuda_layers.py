@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparseprune import BlockCSR
-from sparseprune.cli import _write
+from sparseprune.cli_common import write
 from sparseprune.cuda_layers import Activation, CudaLayer, Window, two_of_four
 
 Way = Callable[[], Tensor]
@@ -209,7 +209,7 @@ def main() -> int:
             print(f"{case.name}: {', '.join(ends)}{asked}", flush=True)
     if options.json:
         device = torch.cuda.get_device_name()
-        _write(options.json, json.dumps({"device": device, "torch": torch.__version__, "layers": results}, indent=1))
+        write(options.json, json.dumps({"device": device, "torch": torch.__version__, "layers": results}, indent=1))
     return 0
 
 
