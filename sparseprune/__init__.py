@@ -26,6 +26,7 @@ _HOMES = {
     "finetune": "training",
     "Distillation": "distillation",
     "evaluate": "evaluation",
+    "recalibrate_bn": "calibration",
     "benchmark": "benchmarking",
     "BenchmarkResult": "benchmarking",
     "prune_uniform": "synthetic",

@@ -6,6 +6,7 @@ from .api import apply_masks, finalize, hold_zeros, prune
 from .criteria import Criterion, Magnitude, Random, Scores
 from .interop import to_torch_prune
 from .masks import Mask, get_mask, set_mask
+from .obs import OBS
 from .patterns import Block, NofM, Pattern, Slice
 from .schedule import Pruner
 from .scopes import ErdosRenyi, Global, Local, Scope
@@ -15,6 +16,6 @@ from .taylor import Taylor
 
 __all__ = [
     "BNScale", "Block", "Criterion", "ErdosRenyi", "Global", "LayerSummary", "Local", "Magnitude", "Mask", "NofM",
-    "Pattern", "Pruner", "Random", "Scope", "Scores", "Slice", "Summary", "Taylor", "apply_masks", "finalize",
+    "OBS", "Pattern", "Pruner", "Random", "Scope", "Scores", "Slice", "Summary", "Taylor", "apply_masks", "finalize",
     "get_mask", "hold_zeros", "prune", "set_mask", "summary", "to_torch_prune",
 ]  # fmt: skip
