@@ -1,5 +1,6 @@
 # make demo   trains, prunes, converts and saves a small network (about two minutes once installed)
 # make test   runs the tests           make lint   ruff and mypy
+# make cuda   compiles the CUDA kernels for every architecture (needs nvcc), and says what registers they use
 # make wheel  a wheel in dist/         make clean  removes what these made, but for .venv (make distclean: that too)
 #
 # Everything happens in .venv, which is made on the first run. On the command line or in the environment:
@@ -18,7 +19,7 @@ BUILT_FROM := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 FILES := $(shell find sparseprune -name '*.py*' -not -path '*/__pycache__/*' | sort | cksum | cut -d ' ' -f 1)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-environment lint wheel clean distclean tools
+.PHONY: demo test test-environment lint cuda wheel clean distclean tools
 
 demo: $(VENV)/.installed-$(FILES)
 	$(RUN) examples/demo.py
@@ -31,6 +32,11 @@ test-environment: $(VENV)/.installed-$(FILES)
 lint: $(VENV)/.installed-$(FILES)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+cuda:
+	cmake -S . -B build/cuda -DSPARSEPRUNE_CUDA=ON -DSPARSEPRUNE_PYTHON=OFF
+	cmake --build build/cuda --target sparseprune_cuda --clean-first > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
+	$(PYTHON) csrc/cuda/resources.py --markdown < build/cuda.log
 
 wheel: $(VENV)/.made
 	$(PIP) wheel --no-deps --wheel-dir dist .

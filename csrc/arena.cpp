@@ -15,12 +15,12 @@ constexpr size_t kHugePage = 2u << 20;
 
 int64_t page_floats() { return sysconf(_SC_PAGESIZE) / 4; }
 
-int64_t place_guarded(std::vector<Buffer>& buffers) {
+int64_t place_guarded(std::vector<Buffer>& buffers, bool before) {
     const int64_t page = page_floats();
     int64_t at = page;
     for (Buffer& b : buffers) {
         const int64_t pages = (b.floats + page - 1) / page * page;
-        b.offset = at + pages - b.floats;
+        b.offset = before ? at : at + pages - b.floats;
         at += pages + page;
     }
     return at;
@@ -28,9 +28,9 @@ int64_t place_guarded(std::vector<Buffer>& buffers) {
 
 }  // namespace
 
-int64_t place_buffers(std::vector<Buffer>& buffers, bool guarded) {
+int64_t place_buffers(std::vector<Buffer>& buffers, Guard guard) {
     for (Buffer& b : buffers) b.floats = (b.floats + 15) / 16 * 16;
-    if (guarded) return place_guarded(buffers);
+    if (guard != Guard::none) return place_guarded(buffers, guard == Guard::before);
     std::vector<size_t> order(buffers.size());
     std::iota(order.begin(), order.end(), size_t{0});
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return buffers[a].floats > buffers[b].floats; });
@@ -68,7 +68,8 @@ Arena::Arena(int64_t floats, const std::vector<Buffer>* guarded) {
         mprotect(data_, page * 4, PROT_NONE);
         for (const Buffer& b : *guarded) {
             std::memset(data_ + b.offset, 0xFF, static_cast<size_t>(b.floats) * 4);  // NaN: what is read before it is written is seen
-            mprotect(data_ + b.offset + b.floats, page * 4, PROT_NONE);
+            const int64_t end = (b.offset + b.floats + page_floats() - 1) / page_floats() * page_floats();
+            mprotect(data_ + end, page * 4, PROT_NONE);
         }
     } else {
         madvise(data_, static_cast<size_t>(floats) * 4, MADV_HUGEPAGE);  // a hint: planes of many layers share few page-table entries

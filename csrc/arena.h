@@ -13,8 +13,10 @@ struct Buffer {
 };
 
 // Sets every offset so that buffers alive at the same step do not overlap; returns the arena's size in floats.
-// guarded: each buffer alone, its end on a page boundary, followed by a page that Arena makes inaccessible (for the tests).
-int64_t place_buffers(std::vector<Buffer>& buffers, bool guarded);
+// Guarded, for the tests: each buffer alone, its end on a page boundary and followed by a page that Arena makes inaccessible; or,
+// `before`, its beginning on one, preceded by such a page.
+enum class Guard { none, behind, before };
+int64_t place_buffers(std::vector<Buffer>& buffers, Guard guard);
 
 class Arena {
 public:

@@ -49,7 +49,7 @@ void PlanBuilder::build() {
         const Shape& shape = plan_.shapes_[static_cast<size_t>(graph_.outputs[i])];
         copy_to(v, shape, external_layout(shape), {Ref::output, static_cast<int>(i)});
     }
-    plan_.arena_floats_ = place_buffers(plan_.buffers_, plan_.options_.guarded);
+    plan_.arena_floats_ = place_buffers(plan_.buffers_, plan_.options_.guard());
 }
 
 // All values of one size share their rows of zeros, so that adds and residuals see equal layouts.

@@ -20,6 +20,8 @@ struct PlanOptions {
     bool guarded = false;     // each buffer ends at an inaccessible page (tests)
     bool any_choice = false;  // take wanted choices that this density and shape would not offer (tests)
     int64_t bands = 0;        // > 0: groups run in so many bands an image, wherever they can; < 0: nothing runs in bands (tests)
+    bool guard_before = false;  // guarded buffers begin at an inaccessible page instead (tests)
+    Guard guard() const { return !guarded ? Guard::none : guard_before ? Guard::before : Guard::behind; }
 };
 
 // Pointers of one call.

@@ -164,14 +164,18 @@ private:
         return found;
     }
 
-    template <class T>
-    std::vector<T> array(const std::string& name, DType dtype, size_t rank = 1) {
+    const Tensor& tensor(const std::string& name, DType dtype, size_t rank) {
         const Tensor& found = tensor(name, rank);
         if (found.dtype != dtype)
             throw FormatError(message("the array '", name, "' is ", dtype_name(found.dtype), ", expected ",
                                       dtype_name(dtype)));
         used_tensors_.insert(name);
-        return copy_elements<T>(found);
+        return found;
+    }
+
+    template <class T>
+    std::vector<T> array(const std::string& name, DType dtype, size_t rank = 1) {
+        return copy_elements<T>(tensor(name, dtype, rank));
     }
 
     // A weight's values: F32, or F16, which were rounded when the file was written and are float32 from here on.
@@ -234,24 +238,24 @@ private:
     // `crow` is as the file has it: what BlockCSR will check of it is not relied on, so memory is bounded by the bytes that are there.
     std::vector<int32_t> read_gaps(const std::string& name, const std::vector<int32_t>& crow) {
         constexpr uint8_t skip = 255;
-        const auto gaps = array<uint8_t>(name, DType::u8);
+        const Tensor& gaps = tensor(name, DType::u8, 1);
         std::vector<int32_t> columns;
-        if (!crow.empty() && crow.back() >= 0 && static_cast<size_t>(crow.back()) <= gaps.size())
+        if (!crow.empty() && crow.back() >= 0 && static_cast<size_t>(crow.back()) <= gaps.byte_count)
             columns.reserve(static_cast<size_t>(crow.back()));
         size_t at = 0;
         for (size_t row = 0; row + 1 < crow.size(); ++row) {
             int64_t column = 0;
             while (static_cast<int64_t>(columns.size()) < crow[row + 1]) {
-                if (at == gaps.size()) throw FormatError(message("the array '", name, "' ends in block row ", row));
-                const uint8_t gap = gaps[at++];
+                if (at == gaps.byte_count) throw FormatError(message("the array '", name, "' ends in block row ", row));
+                const uint8_t gap = gaps.data[at++];
                 column += gap;
                 if (gap == skip) continue;
                 if (column > max_extent) throw FormatError(message("the array '", name, "': block row ", row, " exceeds ", max_extent, " columns"));
                 columns.push_back(static_cast<int32_t>(column++));
             }
         }
-        if (at != gaps.size())
-            throw FormatError(message("the array '", name, "' has ", gaps.size(), " elements, expected ", at));
+        if (at != gaps.byte_count)
+            throw FormatError(message("the array '", name, "' has ", gaps.byte_count, " elements, expected ", at));
         return columns;
     }
 

@@ -32,6 +32,7 @@ _HOMES = {
     "LatencyTable": "latency",
     "sensitivity": "sensitivities",
     "Sensitivity": "sensitivities",
+    "recalibrate_bn": "calibration",
     "benchmark": "benchmarking",
     "BenchmarkResult": "benchmarking",
     "prune_uniform": "synthetic",

@@ -13,6 +13,7 @@ from .autopruning import autoprune as autoprune
 from .benchmarking import BenchmarkResult as BenchmarkResult
 from .benchmarking import benchmark as benchmark
 from .bsr import BlockCSR as BlockCSR
+from .calibration import recalibrate_bn as recalibrate_bn
 from .conversion import convert as convert
 from .distillation import Distillation as Distillation
 from .errors import CudaError as CudaError

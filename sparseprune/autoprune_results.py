@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,7 +44,7 @@ class AutopruneResult:
         target_ms: What was asked.
         predicted_ms: By the latency table, of what was chosen.
         measured_ms: The converted model's; None with `verify=False`.
-        dense_ms: The fastest of dense torch's two layouts; infinite where the table has none.
+        dense_ms: Dense torch's, in the faster of its two layouts.
         attempts: Every round; chosen is the one whose measured time is nearest to the target.
         table: The latency table, to save and use again.
     """
@@ -70,7 +69,7 @@ class AutopruneResult:
             "target_ms": self.target_ms,
             "predicted_ms": self.predicted_ms,
             "measured_ms": self.measured_ms,
-            "dense_ms": self.dense_ms if math.isfinite(self.dense_ms) else None,
+            "dense_ms": self.dense_ms,
             "attempts": [asdict(attempt) for attempt in self.attempts],
         }
 
@@ -82,7 +81,6 @@ class AutopruneResult:
         found = "not measured" if self.measured_ms is None else f"measured {self.measured_ms:.3f}"
         taken = self.predicted_ms if self.measured_ms is None else self.measured_ms
         times = f"target {self.target_ms:.3f} ms, predicted {self.predicted_ms:.3f}, {found}"
-        if math.isfinite(self.dense_ms):
-            times += f"; dense torch {self.dense_ms:.3f}, {self.dense_ms / taken:.2f} times as much"
+        times += f"; dense torch {self.dense_ms:.3f}, {self.dense_ms / taken:.2f} times as much"
         times += f"; {self.table.threads} thread(s), {len(self.attempts)} round(s)"
         return "\n".join([*aligned(rows, "<<>>>"), "", times])

@@ -54,9 +54,9 @@ def autoprune(
     Args:
         model: Any float32 module of which at least a part converts to a native program.
         example_inputs: As for `convert`: a tensor or a tuple. Their batch is the one to deploy with.
-        latency_ms: The target. Exactly one of this and `speedup`.
-        speedup: The target as how many times faster than dense torch at its fastest (eager or channels_last, with as
-            many threads), as the latency table measured it.
+        latency_ms: The target, for a call that nothing else on the machine disturbs. Exactly one of this and `speedup`.
+        speedup: The target as how many times faster than dense torch (eager or channels_last, whichever is faster, with
+            as many threads), as measured with the latency table.
         criterion, pattern: What ranks within a layer and what shape goes, as in `prune`.
         errors: What a layer's sparsity costs. "magnitude": the squared weights that go, of all of the layer's.
             "output": the squared change of the layer's output on `batches`, of all of it. "search": SPDY's, a
@@ -135,7 +135,7 @@ def autoprune(
     apply(model, choices.counts_of(best.chosen))
     rows = zip(choices.names, choices.shapes, choices.sparsities, scores, choices.costs, best.chosen, strict=True)
     layers = [PrunedLayer(name, shape, float(s[j]), float(e[j]), float(c[j])) for name, shape, s, e, c, j in rows]
-    times = (target, best.predicted_ms, best.measured_ms, table.fastest_dense_ms)
+    times = (target, best.predicted_ms, best.measured_ms, table.dense_ms)
     return AutopruneResult(tuple(layers), *times, tuple(attempts), table)
 
 
@@ -194,14 +194,11 @@ def _check_table(table: LatencyTable, args: tuple[Any, ...], threads: int | None
 
 
 def _target(table: LatencyTable, latency_ms: float | None, speedup: float | None) -> float:
-    dense = table.fastest_dense_ms
     if speedup is not None:
-        if not math.isfinite(dense):
-            raise ValueError("speedup needs the dense times that the latency table lacks; give latency_ms")
-        return dense / speedup
+        return table.dense_ms / speedup
     assert latency_ms is not None
-    if latency_ms >= dense:
-        raise ValueError(f"latency_ms={latency_ms:.4g} needs no pruning: dense torch takes {dense:.4g} ms")
+    if latency_ms >= table.dense_ms:
+        raise ValueError(f"latency_ms={latency_ms:.4g} needs no pruning: dense torch takes {table.dense_ms:.4g} ms")
     return latency_ms
 
 
@@ -222,8 +219,8 @@ def _scores(
             bar.update()
 
         coefficients = search_coefficients(
-            lambda chosen: candidates.loss(chosen, batches, loss, autocast), prior, choices.costs, target - choices.fixed_ms,
-            trials=trials, generator=np.random.default_rng(seed), step=step,
+            lambda chosen: candidates.loss(chosen, batches, loss, autocast), prior, choices.costs,
+            target - choices.fixed_ms, trials=trials, generator=np.random.default_rng(seed), step=step,
         )  # fmt: skip
     return np.asarray(coefficients[:, None] * prior)
 

@@ -13,6 +13,8 @@ from . import _native
 if TYPE_CHECKING:
     import torch
 
+    from .cuda_layers import CudaLayer
+
 __all__ = ["BlockCSR"]
 
 
@@ -62,6 +64,7 @@ class BlockCSR:
     def _set(self, native: _native.BlockCSR) -> None:
         self._native = native
         self._programs: dict[Any, _native.Program] = {}  # of sparseprune.ops, by the layer's attributes
+        self._cuda_layers: dict[Any, CudaLayer] = {}  # likewise
 
     @classmethod
     def _wrap(cls, native: _native.BlockCSR) -> BlockCSR:

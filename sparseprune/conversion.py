@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import _native, runtime
+from .cuda_layers import built as cuda_built
 from .errors import SparsepruneWarning, UnsupportedError
 from .graph.capture import CapturedSegments, ExportError, capture, capture_segments, check_inputs, unwrap
 from .graph.segmented import Segment
@@ -45,6 +46,10 @@ def convert(
     can (`.report.segments`); one that `torch.export` cannot follow (control flow that depends on the data) gets its
     layers swapped for sparse ones (`sparseprune.nn`). Either gives one `SparsepruneWarning` that says why, takes and
     returns any nesting, integers among the tensors too, and cannot be saved.
+
+    A model on a CUDA device, where the CUDA kernels are built, gets sparse layers where they are faster there and is
+    replayed as a CUDA graph (`docs/cuda.md`); it may be float16 or bfloat16, and cannot be saved. Where they are not
+    built, it becomes a program for the CPU.
 
     Takes plain zeros, `torch.nn.utils.prune` hooks and parametrized masks as they are. The weights are snapshot;
     `model` is left untouched, and what is converted is its evaluation mode.
@@ -97,6 +102,11 @@ def convert(
 
 
 def _convert(model: nn.Module, args: tuple[Any, ...], tune: str, min_gain: float, verify: bool) -> Converted:
+    device = next((p.device for p in model.parameters() if p.is_cuda), None)
+    if device is not None and cuda_built():
+        from .cuda_conversion import convert_on_device
+
+        return convert_on_device(model, args, tune, min_gain, verify, device)
     check_inputs(model, args)
     try:
         captured = capture(model, args)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,9 +17,9 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from . import _native, timing
 from .dense import plain_copy
-from .errors import FormatError, SparsepruneWarning
+from .errors import FormatError
 from .module import write_beside
-from .profiling import Profile, profile_layers
+from .profiling import Profile, profile_models
 from .pruning import Pattern, prune
 from .pruning.selection import PrunableWeight, Selector, find_weights
 
@@ -60,7 +59,8 @@ class LatencyTable:
         rest_ms: What does not depend on the sparsities: other operators and the call itself.
         whole_ms: The whole network, measured without looking inside, every layer at each of `sparsities`. The layers'
             times and the rest add up to it; only `predict` evens out what rises with sparsity.
-        dense_ms: `eager` and `channels_last`: the dense model in torch. The fastest is what a speed-up refers to.
+        dense_ms: The dense model in torch, in the faster layout: what a speed-up refers to.
+        dense_layout: That layout: `eager` or `channels_last`.
         threads, input_shapes, machine: What it was measured with.
 
     Raises:
@@ -76,7 +76,8 @@ class LatencyTable:
     layers: dict[str, LayerLatency]
     rest_ms: float
     whole_ms: tuple[float, ...]
-    dense_ms: dict[str, float]
+    dense_ms: float
+    dense_layout: str
     threads: int
     input_shapes: Shapes
     machine: dict[str, str | int]
@@ -92,7 +93,7 @@ class LatencyTable:
         if len(self.whole_ms) != points:
             raise ValueError(f"whole_ms has {len(self.whole_ms)} times for {points} sparsities")
         times = [time for layer in self.layers.values() for time in layer.ms]
-        times += [*self.whole_ms, self.rest_ms, *self.dense_ms.values()]
+        times += [*self.whole_ms, self.rest_ms, self.dense_ms]
         if not all(math.isfinite(time) and time >= 0 for time in times):
             raise ValueError("times must be finite and not negative")
         if self.threads < 1:
@@ -105,11 +106,11 @@ class LatencyTable:
         include: Iterable[Selector] | Selector = (nn.Conv2d, nn.Linear), exclude: Iterable[Selector] | Selector = (),
         progress: bool = True,
     ) -> LatencyTable:  # fmt: skip
-        """Convert the model once per sparsity, all layers pruned to it, and time every layer in the running program.
+        """Convert the model once per sparsity, all layers pruned to it, and time every layer in the running programs.
 
-        About six seconds a sparsity for ResNet-18 on small images. Each layer is pruned by magnitude, so masks are as
-        uneven as the trained weights are. Disturbances of a shared machine are kept small by taking the quietest of
-        several short blocks. `model` is not changed.
+        About six seconds a sparsity for ResNet-18 on small images; all programs are in memory at the end. Each layer is
+        pruned by magnitude, so masks are as uneven as the trained weights are. The programs run by turns, and times are
+        those of the quietest moments. `model` is not changed.
 
         Args:
             model: Any float32 module that converts; its evaluation mode is measured.
@@ -132,31 +133,21 @@ class LatencyTable:
         weights = find_weights(model, include, exclude)
         args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         threads = _native.num_threads() if threads is None else threads
-        points: list[Profile] = []
-        with timing.thread_count(threads), progress_bar(len(grid), "latency table", progress) as bar:
-            for place, sparsity in enumerate(grid):
-                bar.set_description(f"latency at {sparsity:.0%} zeros")
-                with warnings.catch_warnings():
-                    if place:  # the same that the first conversion said
-                        warnings.simplefilter("ignore", SparsepruneWarning)
-                    points.append(profile_layers(_uniform(model, weights, sparsity, pattern), args))
-                bar.update()
+        with timing.thread_count(threads), progress_bar(len(grid), "converting", progress) as bar:
+            pruned = (_uniform(model, weights, sparsity, pattern) for sparsity in grid)
+            points, dense_ms, layout = profile_models(pruned, args, bar.update)
         layers, rest = _split(weights, points)
         return cls(
             sparsities=grid,
             layers=layers,
             rest_ms=rest,
             whole_ms=tuple(point.whole for point in points),
-            dense_ms={name: min(point.dense[name] for point in points) for name in points[0].dense},
+            dense_ms=dense_ms,
+            dense_layout=layout,
             threads=threads,
             input_shapes=input_shapes(args),
             machine=timing.machine(),
         )
-
-    @property
-    def fastest_dense_ms(self) -> float:
-        """The dense model's milliseconds in the faster of torch's two layouts; infinite where none was measured."""
-        return min(self.dense_ms.values(), default=math.inf)
 
     def layer_ms(self, layer: str, sparsity: float) -> float:
         """Milliseconds of one layer: interpolated over density, never rising with sparsity (isotonic regression).
@@ -213,7 +204,8 @@ class LatencyTable:
                 },
                 rest_ms=float(data["rest_ms"]),
                 whole_ms=tuple(float(t) for t in data["whole_ms"]),
-                dense_ms={str(name): float(t) for name, t in data["dense_ms"].items()},
+                dense_ms=float(data["dense_ms"]),
+                dense_layout=str(data["dense_layout"]),
                 threads=int(data["threads"]),
                 input_shapes=tuple(tuple(int(n) for n in shape) for shape in data["input_shapes"]),
                 machine=dict(data["machine"]),
@@ -230,7 +222,7 @@ class LatencyTable:
             head, *rows, f"{'rest':{width}}{self.rest_ms:8.4f}",
             f"{'sum':{width}}" + "".join(f"{t:8.4f}" for t in predicted),
             f"{'whole':{width}}" + "".join(f"{t:8.4f}" for t in self.whole_ms),
-            "", f"milliseconds; dense torch: {', '.join(f'{n} {t:.3f}' for n, t in self.dense_ms.items())}; "
+            "", f"milliseconds; dense torch {self.dense_ms:.3f} ({self.dense_layout}); "
             f"inputs {self.input_shapes}, {self.threads} thread(s), {self.machine.get('cpu', 'unknown CPU')}",
         ])  # fmt: skip
 
@@ -277,10 +269,10 @@ def _uniform(
 
 
 def _split(weights: Sequence[PrunableWeight], points: Sequence[Profile]) -> tuple[dict[str, LayerLatency], float]:
-    """Each layer's times and the rest, so that both add up to the whole at every point.
+    """Each layer's times and the rest, so that both add up to the whole everywhere.
 
-    A busy network pushes out of the caches what the call around it needs, so what that takes beyond the least seen is
-    the layers' doing: each gets of it in proportion to its time.
+    The rest is that of the fastest point. A busy network pushes out of the caches what the call around it needs, so
+    what that takes beyond is the layers' doing: each gets of it in proportion to its time.
     """
     times = {
         weight.layer: np.array(
@@ -292,7 +284,7 @@ def _split(weights: Sequence[PrunableWeight], points: Sequence[Profile]) -> tupl
     if not times:
         raise ValueError("no layer that include and exclude select is in the model's native program")
     whole, inside = np.array([point.whole for point in points]), np.sum(list(times.values()), axis=0)
-    rest = max(0.0, float((whole - inside).min()))
+    rest = max(0.0, float((whole - inside)[whole.argmin()]))
     shapes = {weight.layer: tuple(weight.values().shape) for weight in weights}
     scaled = {layer: (ms * (whole - rest) / inside).tolist() for layer, ms in times.items()}
     return {layer: LayerLatency(shapes[layer], tuple(ms)) for layer, ms in scaled.items()}, rest

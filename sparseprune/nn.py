@@ -48,14 +48,15 @@ class _Sparse(nn.Module):
 class SparseLinear(_Sparse):
     """`torch.nn.Linear` with a packed weight; for evaluation: the output carries no gradient.
 
-    Takes float32 `(..., in_features)` on the CPU, returns float32 `(..., out_features)`.
+    Takes float32 `(..., in_features)` on the CPU, or float32, float16 or bfloat16 on a CUDA device (see `ops.linear`);
+    returns `(..., out_features)` likewise. `to` moves it and changes its dtype; the packed weight follows the input.
 
     Args:
         weight: `(out_features, in_features)`.
-        bias: float32, `(out_features,)`.
+        bias: `(out_features,)`, of the input's dtype.
 
     Raises:
-        TypeError: `weight` is no `BlockCSR`. A call: the input is no tensor, or it or the bias not float32.
+        TypeError: `weight` is no `BlockCSR`. A call: the input is no tensor, or it or the bias of another dtype.
         ValueError: `weight` has not two dimensions. A call: shapes or devices that do not fit.
         SparsepruneError: From `train`.
 
@@ -74,11 +75,11 @@ class SparseLinear(_Sparse):
         """A copy of `layer` as it computes now, masks and parametrizations applied.
 
         Args:
-            layer: float32, on the CPU.
+            layer: float32, or on a CUDA device float16 or bfloat16 too.
             weight: `layer.weight`, packed already: for layers that share one.
 
         Raises:
-            TypeError: `layer` is something else, or not float32.
+            TypeError: `layer` is something else, or of another dtype.
         """
         if not isinstance(layer, nn.Linear):
             raise TypeError(f"layer: expected a torch.nn.Linear, got {type(layer).__name__}")
@@ -95,18 +96,19 @@ class SparseLinear(_Sparse):
 class SparseConv2d(_Sparse):
     """`torch.nn.Conv2d` with a packed weight and zero padding; for evaluation: the output carries no gradient.
 
-    Takes float32 `(N, in_channels, H, W)` or `(in_channels, H, W)` on the CPU, returns float32 `(N, out_channels, H',
-    W')` or `(out_channels, H', W')`. Computed directly, without a dense weight and mostly without im2col, as first in
-    Park et al., *Faster CNNs with Direct Sparse Convolutions and Guided Pruning*, 2016 (arXiv 1608.01409).
+    Takes float32 `(N, in_channels, H, W)` or `(in_channels, H, W)` on the CPU, or one of the types of `ops.conv2d` on a
+    CUDA device; returns `(N, out_channels, H', W')` or `(out_channels, H', W')` likewise. Computed
+    directly, without a dense weight and mostly without im2col, as first in Park et al., *Faster CNNs with Direct Sparse
+    Convolutions and Guided Pruning*, 2016 (arXiv 1608.01409). `to` moves it; the packed weight follows the input.
 
     Args:
         weight: `(out_channels, in_channels/groups, kh, kw)`.
-        bias: float32, `(out_channels,)`.
+        bias: `(out_channels,)`, of the input's dtype.
         stride, padding, dilation: An int, or `(h, w)`; `padding` may be `"same"` (stride 1 only) or `"valid"`.
         groups: Divides both numbers of channels.
 
     Raises:
-        TypeError: `weight` is no `BlockCSR`. A call: the input is no tensor, or it or the bias not float32.
+        TypeError: `weight` is no `BlockCSR`. A call: the input is no tensor, or it or the bias of another dtype.
         ValueError: `weight` has not four dimensions, or an attribute does not fit. A call: shapes or devices that do
             not fit.
         SparsepruneError: From `train`.
@@ -144,11 +146,11 @@ class SparseConv2d(_Sparse):
         """A copy of `layer` as it computes now, masks and parametrizations applied.
 
         Args:
-            layer: float32, on the CPU.
+            layer: float32, or on a CUDA device float16 or bfloat16 too.
             weight: `layer.weight`, packed already: for layers that share one.
 
         Raises:
-            TypeError: `layer` is something else, or not float32.
+            TypeError: `layer` is something else, or of another dtype.
             UnsupportedError: Its padding is not zeros.
         """
         if not isinstance(layer, nn.Conv2d):
@@ -204,10 +206,13 @@ def _packed(layer: nn.Linear | nn.Conv2d) -> tuple[Any, Tensor | None]:
     from .graph.snapshot import snapshot
 
     frozen: Any = snapshot(layer)
-    bias = None if frozen.bias is None else frozen.bias.detach().cpu().clone()
+    bias = None if frozen.bias is None else frozen.bias.detach().clone()
 
     def pack() -> BlockCSR:
-        return BlockCSR.from_dense(np.ascontiguousarray(frozen.weight.detach().cpu().numpy()))
+        weight = frozen.weight.detach()
+        if weight.is_cuda:
+            weight = weight.float()  # exact: both 16-bit types are parts of float32
+        return BlockCSR.from_dense(np.ascontiguousarray(weight.cpu().numpy()))
 
     return pack, bias
 

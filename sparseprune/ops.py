@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _native
 from .bsr import BlockCSR
+from .cuda_layers import DTYPES, CudaLayer, Window, is_channels_last
 
 __all__ = ["conv2d", "linear"]
 
@@ -26,16 +27,18 @@ def linear(x: Tensor, weight: BlockCSR, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` with a sparse weight. The output carries no gradient, whatever `x` requires.
 
     Args:
-        x: float32 on the CPU, `(..., in)`.
+        x: float32 on the CPU, or float32, float16 or bfloat16 on a CUDA device, `(..., in)`.
         weight: `(out, in)`.
-        bias: float32, `(out,)`.
+        bias: `(out,)`, of the dtype and device of `x`.
 
     Returns:
-        float32, `(..., out)`.
+        `(..., out)`, likewise. On CUDA, a shape's first call measures what is fastest, dense ways among it; the rest
+        can be captured in CUDA graphs.
 
     Raises:
-        TypeError: An argument is no tensor, or not float32.
+        TypeError: An argument is no tensor, or not of such a dtype.
         ValueError: Shapes or devices that do not fit.
+        CudaError: `x` is on a CUDA device, and this build, the driver or a call fails there.
 
     Example:
         >>> y = sparseprune.ops.linear(x, BlockCSR.from_dense(layer.weight), layer.bias)
@@ -61,17 +64,18 @@ def conv2d(
     """`torch.nn.functional.conv2d` with a sparse weight. The output carries no gradient, whatever `x` requires.
 
     Args:
-        x: float32 on the CPU, `(N, in, H, W)`.
+        x: float32 on the CPU, or float32, float16 or bfloat16 on a CUDA device, `(N, in, H, W)`; any strides.
         weight: `(out, in/groups, kh, kw)`.
-        bias: float32, `(out,)`.
+        bias: `(out,)`, of the dtype and device of `x`.
         stride, padding, dilation: an int, or `(h, w)`; in pixels.
 
     Returns:
-        float32, `(N, out, H', W')`.
+        `(N, out, H', W')`, likewise; on CUDA channels_last where `x` is. See `linear` for what a first call does there.
 
     Raises:
-        TypeError: An argument is no tensor, or not float32.
+        TypeError: An argument is no tensor, or not of such a dtype.
         ValueError: Shapes, devices or attributes that do not fit.
+        CudaError: As of `linear`.
 
     Example:
         >>> y = sparseprune.ops.conv2d(x, BlockCSR.from_dense(conv.weight), conv.bias, padding=1)
@@ -94,6 +98,8 @@ def _linear(x: Tensor, weight: BlockCSR, bias: Tensor | None) -> Tensor:
     if x.numel() == 0:
         return x.new_zeros((*x.shape[:-1], weight.shape[0]))
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    if x.device.type == "cuda":
+        return _cuda_layer(weight, Window())(rows, bias).reshape(*x.shape[:-1], weight.shape[0])
     return _run(weight, (0, (1, 1), (0, 0, 0, 0), (1, 1), 1), rows, bias).reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -106,8 +112,15 @@ def _conv2d(
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
+    if x.device.type == "cuda":
+        return _cuda_layer(weight, Window(stride, padding, dilation, groups))(x, bias)
     sides = (padding[0], padding[0], padding[1], padding[1])
     return _run(weight, (2, stride, sides, dilation, groups), x.detach().contiguous(), bias)
+
+
+def _cuda_layer(weight: BlockCSR, window: Window) -> CudaLayer:
+    layer = weight._cuda_layers.get(window)
+    return layer if layer is not None else weight._cuda_layers.setdefault(window, CudaLayer(weight, window))
 
 
 def _run(weight: BlockCSR, layer: tuple[Any, ...], x: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,10 +145,15 @@ def _check(x: Tensor, weight: BlockCSR, bias: Tensor | None, rank: int) -> None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"{name}: expected dtype float32, got {tensor.dtype}")
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name}: expected a tensor on the CPU, got one on {tensor.device}")
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{name}: expected a tensor on the CPU or a CUDA device, got one on {tensor.device}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device}, where x is, got one on {tensor.device}")
+        if x.device.type == "cuda" and tensor is x and x.dtype not in DTYPES:
+            raise TypeError(f"x: expected dtype float32, float16 or bfloat16, got {x.dtype}")
+        expected = x.dtype if x.device.type == "cuda" else torch.float32
+        if tensor.dtype != expected:
+            raise TypeError(f"{name}: expected dtype {str(expected).removeprefix('torch.')}, got {tensor.dtype}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
@@ -247,4 +265,6 @@ def _conv2d_fake(
     groups: int,
 ) -> Tensor:
     size = [(x.shape[2 + a] + 2 * padding[a] - dilation[a] * (shape[2 + a] - 1) - 1) // stride[a] + 1 for a in (0, 1)]
-    return x.new_empty((x.shape[0], shape[0], *size))
+    y = x.new_empty((x.shape[0], shape[0], *size))
+    last = x.device.type == "cuda" and is_channels_last(x)
+    return y.contiguous(memory_format=torch.channels_last) if last else y

@@ -1,27 +1,39 @@
-"""How long a converted network takes, and each layer in it: native programs timed from outside and from inside."""
+"""How long converted networks take, and each layer in them, and dense torch.
+
+Milliseconds are those of the quietest of several short blocks: the least median. Others on a shared machine only ever
+make a block slower, through its caches and memory too, for seconds at a time; so what is compared is measured by
+turns, over as long a time as there is patience for.
+"""
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import _native, timing
-from .conversion import convert
-from .errors import UnsupportedError
+from .conversion import _channels_last, _channels_last_args, convert
+from .errors import SparsepruneWarning, UnsupportedError
 from .graph.segmented import Segmented
+from .graph.snapshot import snapshot
 from .module import SparseModule
 
-__all__ = ["Profile", "converted_ms", "profile_layers"]
+__all__ = ["Profile", "converted_ms", "profile_models"]
 
-_BLOCKS = 5
 _SECONDS = 0.06  # of a block
+_ROUNDS = 10  # of many models by turns
+_BLOCKS = 20  # of a model on its own
+_PAUSE = 0.1  # seconds between those
 
 
 @dataclass(frozen=True)
@@ -31,42 +43,62 @@ class Profile:
     Attributes:
         layers: Each convolution and linear layer, by qualified name; all calls of one together.
         whole: Everything, measured without looking inside: the layers, other operators, torch segments and the call.
-        dense: The same model in torch, `eager` and `channels_last`.
     """
 
     layers: dict[str, float]
     whole: float
-    dense: dict[str, float]
 
 
-def profile_layers(model: nn.Module, args: tuple[Any, ...]) -> Profile:
-    """Converts `model` and times it, with as many threads as are set.
+def profile_models(
+    models: Iterable[nn.Module], args: tuple[Any, ...], step: Callable[[], object] = lambda: None
+) -> tuple[list[Profile], float, str]:
+    """Converts models of one architecture and times them by turns, with as many threads as are set.
+
+    Args:
+        models: Each is let go once it is converted.
+        args: As for `convert`.
+        step: Called after each conversion.
+
+    Returns:
+        A profile of each; milliseconds of the first in dense torch, in the faster layout; and that layout, `eager` or
+        `channels_last`.
 
     Raises:
-        UnsupportedError: It cannot be converted, or only single layers of it.
+        UnsupportedError: One cannot be converted, or only single layers of it.
     """
-    fast, dense = _program(model, args)
-    parts = _parts(fast, args)
-    whole = _quietest(lambda: fast(*args))
-    native = _quietest(lambda: _run(parts))
-    inside = _quietest_inside(parts)
-    scale = native / sum(inside.values())  # what looking inside costs, taken out
-    layers = {name: ms * scale for name, ms in inside.items() if name}
-    return Profile(layers, whole, dense)
+    dense: dict[str, Callable[[], Any]] = {}
+    subjects = []
+    with _warned_once():
+        for model in models:
+            subjects.append(_Subject(_program(model, args), args))
+            dense = dense or _dense(model, args)
+            step()
+    taken: dict[str, list[float]] = {layout: [] for layout in dense}
+    with torch.inference_mode():
+        for _ in range(_ROUNDS):
+            for layout, call in dense.items():
+                taken[layout].append(_block_ms(call))
+            for subject in subjects:
+                subject.measure()
+    dense_ms, layout = min((min(times), layout) for layout, times in taken.items())
+    return [subject.profile() for subject in subjects], dense_ms, layout
 
 
 def converted_ms(model: nn.Module, args: tuple[Any, ...]) -> float:
-    """Milliseconds of a call of `model` converted: of its program, also where `convert` would rather use dense torch.
+    """Milliseconds of `model` converted: of its native program, also where `convert` would rather use dense torch.
 
-    Raises:
-        UnsupportedError: as `profile_layers`.
+    Takes some four seconds more than the conversion. Arguments and errors as `profile_models`.
     """
-    fast, _ = _program(model, args)
-    return _quietest(lambda: fast(*args))
+    fast = _program(model, args)
+    best = float("inf")
+    for _ in range(_BLOCKS):
+        best = min(best, _block_ms(lambda: fast(*args)))
+        time.sleep(_PAUSE)
+    return best
 
 
-def _program(model: nn.Module, args: tuple[Any, ...]) -> tuple[SparseModule, dict[str, float]]:
-    """The native program or segments, whatever dense torch does, and the dense times."""
+def _program(model: nn.Module, args: tuple[Any, ...]) -> SparseModule:
+    """The native program or segments, whatever dense torch does."""
     fast = convert(model, args, verify=False)
     converted = fast._ready()
     runs = converted.runs
@@ -75,7 +107,55 @@ def _program(model: nn.Module, args: tuple[Any, ...]) -> tuple[SparseModule, dic
             f"timing layers needs a native program, which this model does not become: {'; '.join(fast.report.notes)}"
         )
     converted.dense = None
-    return fast, {name: ms for name, ms in fast.report.times_ms.items() if name != "sparse"}
+    return fast
+
+
+@contextmanager
+def _warned_once() -> Iterator[None]:
+    """What every conversion has to say is said once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SparsepruneWarning)
+        yield
+    said = {str(warning.message): warning for warning in caught}
+    for warning in said.values():
+        warnings.warn(warning.message, warning.category, stacklevel=4)
+
+
+def _dense(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Callable[[], Any]]:
+    eager, last, args_last = snapshot(model, own=True), _channels_last(model), _channels_last_args(args)
+    return {"eager": lambda: eager(*args), "channels_last": lambda: last(*args_last)}
+
+
+def _block_ms(call: Callable[[], Any]) -> float:
+    timing.settle()
+    return statistics.median(timing.block(call, _SECONDS))
+
+
+class _Subject:
+    """A converted model, and the quietest that was seen of it."""
+
+    def __init__(self, fast: SparseModule, args: tuple[Any, ...]) -> None:
+        self.call, self.parts = lambda: fast(*args), _parts(fast, args)
+        self.whole = float("inf")
+        self.inside: NDArray[np.float64] | None = None  # seconds by node
+
+    def measure(self) -> None:
+        self.whole = min(self.whole, _block_ms(self.call))
+        samples: list[list[float]] = []
+        timing.settle()
+        timing.block(lambda: samples.append([s for part in self.parts for s in part.profile()]), _SECONDS)
+        found = np.median(samples, axis=0)
+        if self.inside is None or found.sum() < self.inside.sum():
+            self.inside = found
+
+    def profile(self) -> Profile:
+        assert self.inside is not None
+        layers: dict[str, float] = {}
+        names = [name for part in self.parts for name in part.names]
+        for name, seconds in zip(names, self.inside, strict=True):
+            if name:
+                layers[name] = layers.get(name, 0.0) + 1e3 * float(seconds)
+        return Profile(layers, self.whole)
 
 
 class _Part:
@@ -84,9 +164,6 @@ class _Part:
     def __init__(self, plan: _native.Plan, inputs: list[NDArray[np.float32]], names: list[str]) -> None:
         self.plan, self.inputs, self.names = plan, inputs, names
         self.outputs = [np.empty(shape, np.float32) for shape in plan.output_shapes]
-
-    def run(self) -> None:
-        self.plan.run(self.inputs, self.outputs)
 
     def profile(self) -> list[float]:
         return self.plan.profile(self.inputs, self.outputs)
@@ -116,38 +193,3 @@ def _parts(fast: SparseModule, args: tuple[Any, ...]) -> list[_Part]:
         ]
         parts.append(_Part(plan, arrays, names))
     return parts
-
-
-def _run(parts: list[_Part]) -> None:
-    for part in parts:
-        part.run()
-
-
-def _quietest(call: Callable[[], Any]) -> float:
-    """Median milliseconds of a call in the block that was disturbed least."""
-    medians = []
-    for _ in range(_BLOCKS):
-        timing.settle()
-        medians.append(statistics.median(timing.block(call, _SECONDS)))
-    return min(medians)
-
-
-def _quietest_inside(parts: list[_Part]) -> dict[str, float]:
-    """Milliseconds by node name (all others under ""), medians of the block that was disturbed least."""
-    best: NDArray[np.float64] | None = None
-    for _ in range(_BLOCKS):
-        samples: list[list[float]] = []
-
-        def run(samples: list[list[float]] = samples) -> None:
-            samples.append([seconds for part in parts for seconds in part.profile()])
-
-        timing.settle()
-        timing.block(run, _SECONDS)
-        medians = 1e3 * np.median(np.array(samples[len(samples) // 5 :]), axis=0)  # a fifth warmed up
-        if best is None or medians.sum() < best.sum():
-            best = medians
-    assert best is not None
-    found: dict[str, float] = {}
-    for name, ms in zip((name for part in parts for name in part.names), best, strict=True):
-        found[name] = found.get(name, 0.0) + float(ms)
-    return found

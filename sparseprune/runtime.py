@@ -73,7 +73,7 @@ class Program:
         self._native.set_choices(shapes, list(choices))
         self._plans.clear()
 
-    def __call__(self, *inputs: Array) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
         """Runs the program.
 
         Args:

@@ -17,6 +17,7 @@ import sparseprune
 from sparseprune import pruning
 from sparseprune.pruning import Block, NofM, Pattern, Slice, finalize, prune, summary
 from sparseprune.pruning.patterns import mean_over_units, resolve_pattern
+from sparseprune.pruning.ranking import choose
 
 get_mask: Any = pruning.get_mask
 
@@ -73,6 +74,37 @@ def test_reduce_and_expand_agree(pattern: Pattern, shape: tuple[int, ...], seed:
     assert torch.equal(torch.zeros_like(units).index_add_(0, index.flatten(), values.flatten()), units)
     mean = mean_over_units(values, torch.ones(shape, dtype=torch.bool), pattern)
     assert all(torch.isclose(mean[i], values[index == i].mean(), atol=1e-5) for i in range(len(units)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(patterns, st.lists(shapes, min_size=1, max_size=3), st.integers(0, 999), st.integers(0, 300), st.floats(0, 0.5))
+def test_chosen_units_are_whole_lowest_and_as_many_as_asked_for(
+    pattern: Pattern, sizes: list[tuple[int, ...]], seed: int, count: int, floor: float
+) -> None:
+    sizes = [shape for shape in sizes if not isinstance(pattern, Slice) or pattern.dim < len(shape)]
+    if not sizes or isinstance(pattern, NofM):
+        return
+    bound = [pattern.bind("w", nn.Linear(1, 1), shape) for shape in sizes]
+    generator = torch.Generator().manual_seed(seed)
+    held = [torch.rand(shape, generator=generator) > 0.2 for shape in sizes]
+    live = [p.reduce(mask.float()) for p, mask in zip(bound, held, strict=True)]
+    scores = [torch.rand(len(units), generator=generator) for units in live]
+    try:
+        masks = choose(held, scores, bound, count, floor, "here")
+    except ValueError as exc:
+        assert "min_density" in str(exc) and count > 0
+        return
+    left = [p.reduce(mask.float()) for p, mask in zip(bound, masks, strict=True)]
+    for mask, before, now, was in zip(masks, held, left, live, strict=True):
+        assert not bool((mask & ~before).any()) and bool(((now == 0) | (now == was)).all())
+        assert mask.sum() >= min(int(before.sum()), floor * mask.numel() - 1e-3)
+    gone = [(now == 0) & (was > 0) for now, was in zip(left, live, strict=True)]
+    pruned, unit = sum(int(b.sum() - a.sum()) for a, b in zip(left, live, strict=True)), max(int(u.max()) for u in live)
+    assert abs(pruned - count) < max(unit, 1)
+    if floor == 0 and any(bool(g.any()) for g in gone):
+        worst = max(float(s[g].max()) for s, g in zip(scores, gone, strict=True) if bool(g.any()))
+        stay = [s[(was > 0) & ~g] for s, was, g in zip(scores, live, gone, strict=True)]
+        assert all(not len(s) or float(s.min()) >= worst for s in stay)
 
 
 @settings(max_examples=80, deadline=None)

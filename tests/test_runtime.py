@@ -219,7 +219,7 @@ def test_arrays_of_other_libraries_come_and_go_without_a_copy(saved: Path) -> No
     with pytest.raises(TypeError, match="expected dtype float32, got float64"):
         program(x.double())
     y = program(x)
-    shared = torch.from_dlpack(y)
+    shared = torch.utils.dlpack.from_dlpack(y)
     shared[0, 0] = 7
     assert y[0, 0] == 7
     assert runtime._float32(x, "x").ctypes.data == x.data_ptr()

@@ -123,6 +123,13 @@ def test_the_floor_of_a_layer_that_is_below_it() -> None:
     assert kept(model)[1] == now[1] == 120 and sum(kept(model)) == 660
 
 
+@pytest.mark.filterwarnings("ignore:pruned to nothing")
+def test_a_layer_of_which_nothing_is_left() -> None:
+    layer = prune(nn.Linear(2, 4), 0.95)  # round(7.6): all of it
+    assert not bool(get_mask(layer).any())
+    assert not bool(get_mask(prune(layer, 0.95, min_density=0.5)).any())
+
+
 def test_the_floor_counts_whole_filters() -> None:
     model = prune(network(1e-4), 0.55, pattern="filter", min_density=0.06)
     filters = int(get_mask(model[1]).any(1).sum())

@@ -6,7 +6,7 @@ namespace sparseprune::cuda {
 namespace {
 
 template <class T, int N>
-__global__ void __launch_bounds__(1024) gemv_kernel(const GemvArgs args) {
+__global__ void __launch_bounds__(1024, 1) gemv_kernel(const GemvArgs args) {
     DeviceContext ctx;
     gemv_body<T, N>(ctx, args);
 }

@@ -1,4 +1,4 @@
-"""The front door of pruning: `prune`, `hold_zeros` and `finalize`."""
+"""The front door of pruning: `prune`, `hold_zeros`, `apply_masks` and `finalize`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .criteria import Criterion, ScoreFunction, compute_scores, resolve_criterion
+from .criteria import Criterion, ScoreFunction, compute_scores, compute_updates, resolve_criterion
 from .masks import iter_masked, remove_mask
 from .patterns import Pattern, Slice, resolve_pattern
 from .ranking import choose
@@ -43,8 +43,8 @@ def prune(
         amount: a float in [0, 1) is the final sparsity of the eligible weights: exactly `round(amount * eligible)` are
             pruned in the end. An int is that number itself (with `scope="local"`, in every layer). With units of more
             than one weight, the nearest number of whole units; with "N:M" it must be `1 - N / M`.
-        criterion: what ranks: "magnitude", "random", a `Criterion` (`Magnitude`, `Random`, `Taylor`, `BNScale`, your
-            own), a function `(name, weight) -> scores`, or a dict from parameter or layer name to scores of the
+        criterion: what ranks: "magnitude", "random", a `Criterion` (`Magnitude`, `Random`, `Taylor`, `BNScale`, `OBS`,
+            your own), a function `(name, weight) -> scores`, or a dict from parameter or layer name to scores of the
             weight's shape; the lowest are pruned first. For masks of your own see `apply_masks`.
         pattern: what shape goes. "1x1" (unstructured); "RxC", such as "4x1": blocks of the matrix
             out x (in / groups * kh * kw); "N:M", such as "2:4": at most N kept of every M along its rows (`NofM`);
@@ -62,7 +62,7 @@ def prune(
         min_density: a floor against layer collapse: no layer keeps less than this share of its weights, in whole
             units, and the others make up for it; a layer that is below it already stays as it is. 0 by default, as
             the papers rank: whether a layer may vanish (a residual branch, say, which is pure speed) is for the user
-            to say. 0.01 is a sane floor for a network that has no branches to spare.
+            to say.
         seed: for random criteria; None draws from torch's global generator.
 
     Returns:
@@ -109,10 +109,13 @@ def prune(
         masks |= zip(names, chosen, strict=True)
     for name, leader in followed.items():
         masks[name] = states[name].by_mask & (patterns[leader].reduce(masks[leader].to(torch.float32)) > 0)
+    updates = compute_updates(ranking, model, ranked, {name: masks[name] for name in ranked})
     for weight in weights:
         mask = masks[weight.name]
         if states[weight.name].masked or not bool(mask.all()):
             weight.set_mask(mask)
+        if weight.name in updates:
+            weight.write(updates[weight.name])
     _warn_empty([name for name, mask in masks.items() if mask.numel() and not bool(mask.any())])
     return model
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from .patterns import Pattern, mean_over_units
 
-__all__ = ["CRITERIA", "Criterion", "Magnitude", "Random", "Scores", "compute_scores", "resolve_criterion"]
+__all__ = [
+    "CRITERIA", "Criterion", "Magnitude", "Random", "Scores", "compute_scores", "compute_updates", "resolve_criterion",
+]  # fmt: skip
 
 ScoreFunction = Callable[[str, Tensor], Tensor]
 
@@ -52,6 +54,20 @@ class Criterion:
         given = self.scores(model, weights, generator)
         scores = {name: _checked(given, name, weight.shape) for name, weight in weights.items()}
         return {name: mean_over_units(score, kept[name], patterns[name]) for name, score in scores.items()}
+
+    def finish(
+        self, model: nn.Module, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """New values for kept weights, now that it is decided which go; none unless overridden.
+
+        Args:
+            model, weights: as for `scores`; the model is not pruned yet, and `prune` writes what this returns.
+            masks: parameter name -> bool of the weight's shape, on the CPU; True = kept.
+
+        Returns:
+            parameter name -> values of the weight's shape, for those that change; what is pruned becomes zero anyway.
+        """
+        return {}
 
 
 class Magnitude(Criterion):
@@ -113,7 +129,7 @@ class Scores(Criterion):
 
 
 CRITERIA: dict[str, Callable[[], Criterion]] = {"magnitude": Magnitude, "random": Random}
-_WITH_ARGUMENTS = {"taylor": "Taylor(batches)", "bnscale": "BNScale(example_inputs)"}
+_WITH_ARGUMENTS = {"taylor": "Taylor(batches)", "bnscale": "BNScale(example_inputs)", "obs": "OBS(batches)"}
 
 
 def resolve_criterion(criterion: str | Criterion | ScoreFunction | Mapping[str, Tensor]) -> Criterion:
@@ -139,6 +155,20 @@ def compute_scores(
     given = criterion.unit_scores(model, weights, kept, patterns, generator)
     counts = {name: len(patterns[name].reduce(mask.to(torch.float32))) for name, mask in kept.items()}
     return {name: _checked(given, name, (counts[name],)) for name in weights}
+
+
+def compute_updates(
+    criterion: Criterion, model: nn.Module, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What `finish` gives, checked: finite values of the weight's shape."""
+    updates = dict(criterion.finish(model, weights, masks))
+    for name, values in updates.items():
+        if name not in weights or values.shape != weights[name].shape:
+            raise ValueError(f"criterion's update of {name} has shape {tuple(values.shape)}, which is no weight's")
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"criterion's update of {name} is NaN or infinite")
+        updates[name] = torch.where(masks[name].to(values.device), values.detach(), 0)
+    return updates
 
 
 def _checked(given: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> Tensor:

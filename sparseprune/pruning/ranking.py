@@ -102,7 +102,7 @@ def _check_possible(
 ) -> None:
     available = sum(int(sizes.sum()) for sizes in prunable)
     unit = max((int(sizes.max()) for sizes in live if len(sizes)), default=1)
-    if count - available >= unit:
+    if count - available >= max(unit, 1):
         raise ValueError(
             f"min_density={min_density} leaves {available} weights in {where} that may still be pruned, but the amount "
             f"asks for {count}: lower one of them"

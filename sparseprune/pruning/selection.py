@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from .masks import Mask, effective_weight, get_mask, set_mask, stored_parameter
+from .masks import Mask, effective_weight, get_mask, has_only_masks, set_mask, stored_parameter
 
 __all__ = ["PrunableWeight", "Selector", "find_weights", "matches_name"]
 
@@ -51,6 +51,20 @@ class PrunableWeight:
         holder: Mask | None = None
         for module, parameter in self.sites:
             holder = set_mask(module, mask, parameter, holder=holder)
+
+    def is_plain(self) -> bool:
+        """Whether layers compute with the stored values themselves, but for masks: no weight_norm or the like."""
+        parametrized = [site for site in self.sites if parametrize.is_parametrized(*site)]
+        stored = all(isinstance(stored_parameter(*site), Tensor) for site in self.sites)
+        return stored and all(has_only_masks(*site) for site in parametrized)
+
+    def write(self, values: Tensor) -> None:
+        """Change the stored values in place; only where `is_plain()`."""
+        for site in self.sites:
+            stored = stored_parameter(*site)
+            assert isinstance(stored, Tensor)
+            with torch.no_grad():
+                stored.copy_(values)
 
 
 def find_weights(

@@ -242,7 +242,7 @@ int check_graph(unsigned seed, const Kernels& kernels) {
     CHECK(all_finite(expected));
     int groups = 0;
     for (const Way& way : ways) {
-        const Plan plan(c.graph(), {c.input()}, {&kernels, way.threads, way.guarded, true, way.bands}, c.choices());
+        const Plan plan(c.graph(), {c.input()}, {&kernels, way.threads, way.guarded, true, way.bands, guard_before()}, c.choices());
         for (const auto& group : plan.groups()) groups += group[1] - group[0] > 1;
         const auto got = run_twice(plan, x);
         for (size_t i = 0; i < got.size(); ++i) {
@@ -261,7 +261,10 @@ int check_graph(unsigned seed, const Kernels& kernels) {
 void fuzz_depth_first(const std::string& isa, int cases) {
     const Kernels& kernels = kernels_for(isa);
     int groups = 0;
-    for (int i = 0; i < cases; ++i) groups += check_graph(static_cast<unsigned>(i), kernels);
+    for (int i = 0; i < cases; ++i) {
+        guard_before() = i % 3 == 2;
+        groups += check_graph(static_cast<unsigned>(i), kernels);
+    }
     CHECK(cases < 20 || groups > 2 * cases);  // or nothing was tested
     std::printf("%s: %d random graphs, %d groups depth first\n", isa.c_str(), cases, groups);
 }

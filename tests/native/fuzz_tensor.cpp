@@ -566,6 +566,7 @@ void fuzz_tensor(const std::string& isa, int cases) {
     const Kernels& k = kernels_for(isa);
     for (int i = 0; i < cases; ++i) {
         Random random(static_cast<unsigned>(i));
+        guard_before() = i % 3 == 2;
         fuzz_copies(random, k);
         fuzz_elementwise(random, k);
         fuzz_reduce(random, k);
@@ -573,5 +574,19 @@ void fuzz_tensor(const std::string& isa, int cases) {
         fuzz_norms(random, k);
         fuzz_matmul(random, k);
         fuzz_resize(random, k);
+    }
+}
+
+void fuzz_tensor_step(const std::string& isa, Random& random) {
+    const Kernels& k = kernels_for(isa);
+    guard_before() = pick(random, 0, 1) != 0;
+    switch (pick(random, 0, 6)) {
+        case 0: return fuzz_copies(random, k);
+        case 1: return fuzz_elementwise(random, k);
+        case 2: return fuzz_reduce(random, k);
+        case 3: return fuzz_softmax(random, k);
+        case 4: return fuzz_norms(random, k);
+        case 5: return fuzz_matmul(random, k);
+        default: return fuzz_resize(random, k);
     }
 }

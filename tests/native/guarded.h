@@ -4,7 +4,13 @@
 
 #include <cstddef>
 
-// Floats that end exactly at an inaccessible page.
+// Whether guarded memory begins at an inaccessible page, rather than ending at one; the tests change it from case to case.
+inline bool& guard_before() {
+    static bool before = false;
+    return before;
+}
+
+// Floats that end exactly at an inaccessible page, or begin there.
 class Guarded {
 public:
     explicit Guarded(size_t floats) : floats_(floats) {
@@ -14,7 +20,7 @@ public:
         base_ = static_cast<char*>(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
         mprotect(base_, page, PROT_NONE);
         mprotect(base_ + page + body, page, PROT_NONE);
-        data_ = reinterpret_cast<float*>(base_ + page + body - floats * 4);
+        data_ = reinterpret_cast<float*>(base_ + page + (guard_before() ? 0 : body - floats * 4));
     }
     ~Guarded() { munmap(base_, bytes_); }
     Guarded(const Guarded&) = delete;

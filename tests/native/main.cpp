@@ -11,6 +11,7 @@
 void test_reader();
 void test_malformed();
 void test_parallel();
+int replay_corpus(const std::string& folder);
 void test_cuda(int cases);
 void fuzz_layers(const std::string& isa, int cases);
 void test_activations(const std::string& isa);
@@ -24,6 +25,7 @@ int main(int argc, char** argv) {
     test_reader();
     test_malformed();
     test_parallel();
+    std::printf("%d files of the fuzzer's corpus\n", replay_corpus(SPARSEPRUNE_CORPUS));
     test_cuda(cases / 50);
     for (const std::string& isa : isas) {
         test_activations(isa);
