@@ -29,7 +29,7 @@ class UnsupportedError(SparsepruneError, NotImplementedError):
 
 
 class VerificationError(SparsepruneError, AssertionError):
-    """A converted program's output is beyond the error bound of the masked dense model's."""
+    """The output of a converted program, or of a compacted model, is beyond the error bound of the masked one's."""
 
 
 class SparsepruneWarning(UserWarning):

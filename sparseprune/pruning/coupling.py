@@ -120,6 +120,11 @@ class _Builder:
         graph, self.cuts = self.graph, found.cuts
         self.ops = graph.ops.OPTYPE
         self.names = {module: name for name, module in model.named_modules()}
+        self.owners: dict[int, list[nn.Module]] = {}  # by the id of a parameter
+        for module in self.names:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self.owners.setdefault(id(parameter), []).append(module)
         layers = {name: model.get_submodule(name) for name in self.calls}
         layers = {n: m for n, m in layers.items() if isinstance(m, (_CONVS, nn.Linear)) and m in graph.module2node}
         self.coupling = Coupling(layers)
@@ -213,10 +218,10 @@ class _Builder:
             return f"{name} is used {self.calls[name]} times in one call"
         if not isinstance(layer._parameters.get("weight"), nn.Parameter):
             return f"the weight of {name} is computed by a hook"
-        own = {id(parameter) for parameter in layer._parameters.values() if parameter is not None}
-        for other, module in self.model.named_modules():
-            if module is not layer and own & {id(parameter) for parameter in module._parameters.values()}:
-                return f"{name} shares a parameter with {other or 'the model itself'}"
+        for parameter in layer._parameters.values():
+            for other in self.owners.get(id(parameter), []):
+                if other is not layer:
+                    return f"{name} shares a parameter with {self.names[other] or 'the model itself'}"
         return None
 
     def _foreign(self, node: Any, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A model's dependency graph, as `torch-pruning` traces it, with the sizes that tensors really had.
+"""A model's dependency graph, as `torch-pruning` traces it, with index mappings from the shapes that tensors had.
 
 By itself `torch-pruning` infers how wide a tensor is from the layers around it, which fails next to inputs, slices and
 chunks. Autograd knows the shapes, so here they come from there.
@@ -55,12 +55,13 @@ def trace(model: nn.Module, args: tuple[Any, ...]) -> Trace:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    graph, tracer = _sized(torch_pruning.DependencyGraph)(), _Tracer(model, args)
+    graph, tracer = torch_pruning.DependencyGraph(), _Tracer(model, args)
     try:
         with torch.enable_grad():
             graph.build_dependency(model, None, forward_fn=tracer.run, verbose=False)
     except Exception as error:  # whatever the model's own code, or torch-pruning's, raises
-        raise UnsupportedError(f"the model cannot be traced on example_inputs: {_named(error)}") from error
+        if not hasattr(graph, "module2node"):  # else it is its index mappings that failed, which are replaced below
+            raise UnsupportedError(f"the model cannot be traced on example_inputs: {_named(error)}") from error
     finally:
         tracer.remove()
     _map_channels(graph)
@@ -107,19 +108,6 @@ class _Tracer:
             hook.remove()
 
 
-def _sized(graph: Any) -> Any:
-    class SizedGraph(graph):  # type: ignore[misc]  # torch-pruning has no types
-        """A dependency graph that knows how many channels every node has."""
-
-        def get_out_channels(self, module_or_node: Any) -> int | None:
-            width: int | None = super().get_out_channels(module_or_node)
-            if width is None and hasattr(module_or_node, "grad_fn"):
-                width = _width(_shape(module_or_node.grad_fn), not self._2d_4d)
-            return width
-
-    return SizedGraph
-
-
 def _shape(function: Any, number: int = 0) -> tuple[int, ...]:
     """Of an output of what a gradient function differentiates; of a parameter itself."""
     if hasattr(function, "variable"):
@@ -129,10 +117,6 @@ def _shape(function: Any, number: int = 0) -> tuple[int, ...]:
 
 def _axis(rank: int, tokens: bool) -> int:
     return rank - 1 if rank < 2 or (rank == 3 and tokens) else 1
-
-
-def _width(shape: tuple[int, ...], tokens: bool) -> int | None:
-    return shape[_axis(len(shape), tokens)] if shape else None
 
 
 def _dimension(function: Any, rank: int) -> int:
@@ -187,8 +171,6 @@ def _map_channels(graph: Any) -> None:
     for node in graph.module2node.values():
         entries = _entries(node, types, tokens)
         for source in set(node.inputs):
-            if {node.type, source.type} & {types.EXPAND, types.UNBIND}:
-                continue  # torch-pruning's own
             numbers = [number for function, number in node.grad_fn.next_functions if function is source.grad_fn]
             pairs = zip(_places(node.inputs, source), _edges(source, node), strict=True)
             for k, (place, (back, forth)) in enumerate(pairs):
