@@ -76,7 +76,7 @@ def test_many_threads_each_with_its_own_numbers(path: Path) -> None:
 
 @pytest.mark.parametrize("isa", _native.supported_isas())
 def test_the_same_bits_on_any_number_of_threads(isa: str) -> None:
-    model = nn.Sequential(*list(network(16).children())[:3])
+    model = nn.Sequential(*list(network(16))[:3])
     program = sparseprune.convert(model, torch.zeros(1, 3, 40, 40), tune="fixed", verify=False).program
     x = np.random.default_rng(1).standard_normal((3, 3, 40, 40)).astype(np.float32)
     seen = set()
