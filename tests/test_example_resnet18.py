@@ -1,4 +1,4 @@
-"""examples/resnet18.py runs, and goes on where it was."""
+"""examples/resnet18.py runs, goes on where it was, and the weights it left are what they should be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+import sparseprune
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,3 +40,20 @@ def test_stages_and_resumption(tmp_path: Path) -> None:
         abs=2e-3,
     )
     assert list((tmp_path / "cubic").glob("pruned-*.safetensors"))
+
+
+def test_the_committed_weights_are_98_percent_zeros_and_right_after_conversion() -> None:
+    path = ROOT / "examples" / "weights" / "resnet18-32-98.safetensors"
+    assert path.stat().st_size < 2_500_000
+    model = sparseprune.zoo.resnet18_32().eval()
+    sparseprune.load_pruned(model, path)
+    assert sparseprune.summary(model).sparsity == pytest.approx(0.98, abs=1e-4)
+    with np.load(ROOT / "examples" / "data" / "fashion-mnist-subset.npz") as data:
+        images, labels = data["test_images"][:400], data["test_labels"][:400]
+    pixels = (np.pad(images, ((0, 0), (2, 2), (2, 2))).astype(np.float32) / 255 - 0.2195) / 0.3327
+    inputs = torch.from_numpy(pixels).unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
+    fast = sparseprune.convert(model, inputs[:1], tune="fixed")
+    with torch.inference_mode():
+        found, expected = fast(inputs), model(inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert float((found.argmax(1).numpy() == labels).mean()) > 0.9
