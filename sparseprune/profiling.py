@@ -113,12 +113,14 @@ def _program(model: nn.Module, args: tuple[Any, ...]) -> SparseModule:
 @contextmanager
 def _warned_once() -> Iterator[None]:
     """What every conversion has to say is said once."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", SparsepruneWarning)
-        yield
-    said = {str(warning.message): warning for warning in caught}
-    for warning in said.values():
-        warnings.warn(warning.message, warning.category, stacklevel=4)
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", SparsepruneWarning)
+            yield
+    finally:
+        for warning in {str(warning.message): warning for warning in caught}.values():
+            warnings.warn(warning.message, warning.category, stacklevel=4)
 
 
 def _dense(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Callable[[], Any]]:

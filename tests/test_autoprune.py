@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparseprune
-from sparseprune import autopruning, profiling, timing
+from sparseprune import autopruning, conversion, profiling, timing
 from sparseprune.allocation import allocate, quadratic_prior, search_coefficients, search_length
 from sparseprune.candidates import Candidates
 from sparseprune.errors import FormatError, SparsepruneWarning, UnsupportedError
@@ -54,6 +54,16 @@ def mask_of(model: nn.Module, layer: str) -> torch.Tensor:
 SHAPES = {"0": (8, 1, 3, 3), "3": (16, 8, 3, 3), "8": (10, 64)}
 DENSE = {"0": 1.0, "3": 4.0, "8": 0.2}  # ms
 X = torch.zeros(1, 1, 8, 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hasty() -> Iterator[None]:
+    """Measuring is exercised, but no time is judged: it may be as rough as it likes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_SECONDS", 0.002), ("_ROUNDS", 2), ("_BLOCKS", 1), ("_PAUSE", 0.0)):
+            patch.setattr(profiling, name, value)
+        patch.setattr(conversion, "TUNE_SECONDS", 0.05)
+        yield
 
 
 def fake_table(**changes: Any) -> LatencyTable:
@@ -240,7 +250,7 @@ def test_counts_keep_one_weight() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured() -> LatencyTable:
+def measured(hasty: None) -> LatencyTable:
     return LatencyTable.measure(network().eval(), X, sparsities=(0.0, 0.9), threads=1, progress=False)
 
 
