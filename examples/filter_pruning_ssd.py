@@ -19,6 +19,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def prunable(model: SSD300) -> tuple[str, ...]:
 
 
 def dense(task: Task) -> dict[str, Any]:
-    """Train from scratch. In float32: bfloat16 is no faster for this network, and gives NaN where maps are one pixel."""
+    """Train from scratch. In float32: bfloat16 is no faster here, and torch's gives NaN where maps are one pixel."""
     model, plan = network(task.plan), task.plan
     data = task.canvases("train", plan.train_canvases)
     train(model, task.coder, data, epochs=plan.epochs, rate=2e-3, folder=task.output / "dense")
@@ -128,9 +129,9 @@ def timing(task: Task, names: list[str]) -> dict[str, dict[str, float]]:
         fast = sparseprune.convert(small, image)
         with torch.inference_mode():
             outputs = small(image)
-        calls[f"{name} network"] = lambda small=small: small(image)
-        calls[f"{name} converted"] = lambda fast=fast: fast(image)
-        calls[f"{name} decoding"] = lambda outputs=outputs: task.coder.decode(outputs)
+        calls[f"{name} network"] = partial(small, image)
+        calls[f"{name} converted"] = partial(fast, image)
+        calls[f"{name} decoding"] = partial(task.coder.decode, outputs)
     taken = milliseconds(calls)
     kinds = ("network", "converted", "decoding")
     return {name: {kind: taken[f"{name} {kind}"] for kind in kinds} for name in names}
@@ -157,11 +158,11 @@ def run(task: Task) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, floa
     """Everything that is not done yet -> figures of the rows, and their times."""
     task.output.mkdir(parents=True, exist_ok=True)
     results, before = Results(task.output / "results.json"), "dense"
-    results.once("dense", lambda: dense(task))
+    results.once("dense", partial(dense, task))
     names = []
     for share in task.plan.shares:
         name = f"channels-{share:.0%}"
-        results.once(name, lambda name=name, share=share, before=before: row(task, name, share, before))
+        results.once(name, partial(row, task, name, share, before))
         names.append(name)
         before = name
     return results.rows, timing(task, names)

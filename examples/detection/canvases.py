@@ -30,9 +30,9 @@ Array = NDArray[np.float32]
 class Canvases(Dataset[tuple[Tensor, Tensor]]):
     """`count` canvases of one to six items each, made when they are asked for, always the same for one seed and index.
 
-    An item is scaled to 22 to 55 % of the canvas (its longer side), squeezed by up to a fifth, perhaps mirrored, tinted,
-    and laid over a background of colour gradients and noise where it covers little of the others. Its box is the
-    bounding box of its pixels that are not black.
+    An item is scaled to 22 to 55 % of the canvas (its longer side), squeezed by up to a fifth, perhaps mirrored,
+    tinted, and laid over a background of colour gradients and noise where it covers little of the others. Its box is
+    the bounding box of its pixels that are not black.
 
     Args:
         images: (K, 28, 28) uint8, of Fashion-MNIST.

@@ -1,4 +1,7 @@
-"""YOLO's anchors, targets, loss and decoding (Redmon, Farhadi 2018, arXiv 1804.02767; CIoU as in YOLOv4, 2004.10934)."""
+"""YOLO's anchors, targets, loss and decoding.
+
+Redmon, Farhadi, YOLOv3, 2018 (arXiv:1804.02767); CIoU as in Bochkovskiy et al., YOLOv4, 2020 (arXiv:2004.10934).
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ class YOLOCoder:
         return torch.cat(parts, 1)
 
     def places(self, coarse: int, fine: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Corner (A, 2) in cells, anchor's sides (A, 2) and stride (A, 1) in pixels, for maps of so many cells a side."""
+        """For maps of so many cells: corner (A, 2) in cells, anchor's sides (A, 2) and stride (A, 1) in pixels."""
         if (coarse, fine) not in self._places:
             corners, sides, strides = [], [], []
             for level, cells in enumerate((coarse, fine)):
