@@ -19,9 +19,9 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from detection.canvases import Canvases, canvases
@@ -41,15 +41,17 @@ class Plan:
     """How large and how long."""
 
     width: float = 0.5  # MobileNetV2's multiplier
-    size: int = 128  # pixels a side
-    train_canvases: int = 12_000
-    epochs: int = 4
-    finetune_canvases: int = 4_000
+    size: int = 96  # pixels a side
+    train_canvases: int = 6_000
+    epochs: int = 7
+    finetune_canvases: int = 3_000
     test_canvases: int = 1_000
     shares: tuple[float, ...] = SHARES
+    tune: Literal["measure", "fixed"] = "measure"  # how `convert` chooses
+    rounds: int = 10  # of timing, a tenth of a second for each call
 
 
-FAST = Plan(0.1, 64, 32, 1, 16, 8, (1.0, 0.60))
+FAST = Plan(0.1, 64, 32, 1, 16, 8, (1.0, 0.60), "fixed", 1)
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,12 @@ class Task:
     def canvases(self, part: str, count: int) -> Canvases:
         return canvases(part, count, size=self.plan.size, directory=self.data)
 
+    @cached_property
+    def test(self) -> tuple[Tensor, Tensor]:
+        return self.canvases("test", self.plan.test_canvases).all()
+
     def example(self) -> Tensor:
-        return self.canvases("test", 1)[0][0].unsqueeze(0)
+        return self.test[0][:1]
 
     def weights(self, name: str) -> Path:
         return self.output / f"{name}.safetensors"
@@ -95,18 +101,18 @@ def dense(task: Task) -> dict[str, Any]:
     data = task.canvases("train", plan.train_canvases)
     train(model, task.coder, data, epochs=plan.epochs, rate=2e-3, folder=task.output / "dense")
     sparseprune.save_weights(model, task.weights("dense"))
-    return score(model, task.coder, task.canvases("test", plan.test_canvases))
+    return score(model, task.coder, task.test)
 
 
 def row(task: Task, name: str, share: float, before: str) -> dict[str, Any]:
     """Prune what the row before left, finetune, remove."""
     model, plan = network(task.plan), task.plan
     sparseprune.load_weights(model, task.weights(before))
-    layers, test = prunable(model), task.canvases("test", plan.test_canvases)
+    layers = prunable(model)
     cut = None
     if share < 1:
         prune_filters(model, 1 - share, layers, "magnitude")
-        cut = score(model, task.coder, test)["mAP"]
+        cut = score(model, task.coder, task.test)["mAP"]
     data = task.canvases("train", plan.finetune_canvases)
     train(model, task.coder, data, epochs=1, rate=1e-3, folder=task.output / name)
     sparseprune.finalize(model.eval())
@@ -114,7 +120,7 @@ def row(task: Task, name: str, share: float, before: str) -> dict[str, Any]:
     small = sparseprune.compact(model, task.example())
     return {
         "channels": channels_left(model, layers), "parameters": sum(p.numel() for p in small.parameters()),
-        "before_finetuning": cut, **score(model, task.coder, test), "compact": score(small, task.coder, test)["mAP"],
+        "before_finetuning": cut, **score(small, task.coder, task.test),
     }  # fmt: skip
 
 
@@ -126,13 +132,13 @@ def timing(task: Task, names: list[str]) -> dict[str, dict[str, float]]:
         model = network(task.plan).eval()
         sparseprune.load_weights(model, task.weights(name))
         small = sparseprune.compact(model, image)
-        fast = sparseprune.convert(small, image)
+        fast = sparseprune.convert(small, image, tune=task.plan.tune)
         with torch.inference_mode():
             outputs = small(image)
         calls[f"{name} network"] = partial(small, image)
         calls[f"{name} converted"] = partial(fast, image)
         calls[f"{name} decoding"] = partial(task.coder.decode, outputs)
-    taken = milliseconds(calls)
+    taken = milliseconds(calls, rounds=task.plan.rounds)
     kinds = ("network", "converted", "decoding")
     return {name: {kind: taken[f"{name} {kind}"] for kind in kinds} for name in names}
 

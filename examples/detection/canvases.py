@@ -76,6 +76,11 @@ class Canvases(Dataset[tuple[Tensor, Tensor]]):
                 placed += 1
         return torch.from_numpy(canvas * 2 - 1), torch.from_numpy(targets)
 
+    def all(self) -> tuple[Tensor, Tensor]:
+        """Every canvas, (count, 3, size, size), and their targets, (count, `MOST_ITEMS`, 5)."""
+        images, targets = zip(*(self[index] for index in range(self.count)), strict=True)
+        return torch.stack(images), torch.stack(targets)
+
 
 def canvases(part: str, count: int, *, size: int, seed: int = 0, directory: Path | None = None) -> Canvases:
     """Canvases of training items only (`part="train"`) or of test items only (`"test"`).
@@ -103,8 +108,8 @@ def _background(random: Random, size: int) -> Array:
     canvas *= np.float32(random.uniform(0.0, 0.1))
     canvas += random.uniform(0.2, 0.8, (3, 1, 1)).astype(np.float32)
     for cells in (3, 16):
-        patches = random.standard_normal((3, cells, cells), np.float32) * np.float32(random.uniform(0.02, 0.2))
-        canvas += _resize(patches, size, size)
+        patches = random.uniform(0.02, 0.2) * random.standard_normal((3, cells, cells))
+        canvas += _resize(patches.astype(np.float32), size, size)
     return np.clip(canvas, 0, 1, out=canvas)
 
 
@@ -113,7 +118,7 @@ def _item(image: NDArray[np.uint8], random: Random, size: int) -> Array:
     rows, columns = np.flatnonzero(image.max(1) > 20), np.flatnonzero(image.max(0) > 20)
     if not len(rows):  # an image of (nearly) nothing
         rows = columns = np.arange(28)
-    cut = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32) / 255
+    cut = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32) / np.float32(255)
     if random.random() < 0.5:
         cut = np.ascontiguousarray(cut[:, ::-1])
     longer, squeeze = size * random.uniform(0.22, 0.55), random.uniform(0.8, 1.25)

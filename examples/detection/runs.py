@@ -20,7 +20,7 @@ from .boxes import Detections
 from .canvases import Canvases
 from .score import mean_average_precision
 
-__all__ = ["Coder", "Results", "milliseconds", "predict", "score", "train"]
+__all__ = ["Coder", "Results", "milliseconds", "score", "train"]
 
 
 class Coder(Protocol):
@@ -73,28 +73,21 @@ def train(
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, coder: Coder, data: Canvases) -> tuple[Detections, Tensor]:
-    """What the model finds on every canvas, and the targets (N, M, 5)."""
+def score(model: nn.Module, coder: Coder, data: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """COCO's mAP on canvases (N, 3, size, size) with targets (N, M, 5)."""
     model.eval()
-    found: list[Detections] = []
-    wanted: list[Tensor] = []
-    for images, targets in tqdm(DataLoader(data, 50), desc="scoring", mininterval=_often()):
-        found.append(coder.decode(model(images.contiguous(memory_format=torch.channels_last))))
-        wanted.append(targets)
+    images, targets = data
+    batches = tqdm(torch.split(images, 50), desc="scoring", mininterval=_often())
+    found = [coder.decode(model(batch.contiguous(memory_format=torch.channels_last))) for batch in batches]
     parts = zip(*((each.boxes, each.scores, each.classes) for each in found), strict=True)
-    return Detections(*(torch.cat(part) for part in parts)), torch.cat(wanted)
-
-
-def score(model: nn.Module, coder: Coder, data: Canvases) -> dict[str, float]:
-    """COCO's mAP on those canvases."""
-    return mean_average_precision(*predict(model, coder, data))
+    return mean_average_precision(Detections(*(torch.cat(part) for part in parts)), targets)
 
 
 @torch.inference_mode()
-def milliseconds(calls: dict[str, Callable[[], Any]], *, rounds: int = 10, seconds: float = 0.1) -> dict[str, float]:
+def milliseconds(calls: dict[str, Callable[[], Any]], *, rounds: int) -> dict[str, float]:
     """Median milliseconds of each call; they take turns, so that a busy machine slows them alike."""
     with tqdm(total=rounds * len(calls), desc="timing", mininterval=_often()) as bar:
-        samples = take_turns(calls, rounds, seconds, bar)
+        samples = take_turns(calls, rounds, 0.1, bar)
     return {name: float(torch.tensor(taken.ms).median()) for name, taken in samples.items()}
 
 
