@@ -15,7 +15,7 @@ from .patterns import Pattern, mean_over_units
 from .probing import undisturbed
 from .selection import PrunableWeight, find_weights
 
-__all__ = ["OBS", "masked_least_squares"]
+__all__ = ["LayerProblem", "OBS", "masked_least_squares"]
 
 _BUDGET = 1 << 30  # bytes of Hessians held at once while ranking; one layer alone may exceed it
 _KEEP = 0.8  # share of a layer's units that each round of ranking keeps
@@ -97,7 +97,7 @@ class OBS(Criterion):
             for names in _affordable(found):
                 hessians = probe.hessians(names, self.progress)
                 for name in bar_of(names, "OBS: ranking", self.progress):
-                    problem = _Problem(weights[name], hessians.pop(name), None, self.damping)
+                    problem = LayerProblem(weights[name], hessians.pop(name), None, self.damping)
                     scores[name] = problem.rank(kept[name], patterns[name])
         return scores
 
@@ -113,7 +113,7 @@ class OBS(Criterion):
             for names in _affordable(found):
                 hessians = original.hessians(names, self.progress)
                 for name in bar_of(names, "OBS: refit", self.progress):
-                    problem = _Problem(weights[name], hessians.pop(name), None, self.damping)
+                    problem = LayerProblem(weights[name], hessians.pop(name), None, self.damping)
                     updates[name] = problem.refit(masks[name])
         return updates
 
@@ -123,13 +123,13 @@ class OBS(Criterion):
         updates: dict[str, Tensor] = {}
         calls = original.calls(self.progress)
         for name in bar_of(calls, "OBS: refit", self.progress):
-            problem = _Problem(weights[name], *pruned.paired(original, name, calls[name]), self.damping)
+            problem = LayerProblem(weights[name], *pruned.paired(original, name, calls[name]), self.damping)
             updates[name] = problem.refit(masks[name])
             pruned.set_weight(name, updates[name])
         return updates
 
 
-class _Problem:
+class LayerProblem:
     """min over v: E|w y - v x|^2 + damping * |v - w|^2, for every row w of one weight.
 
     Args:
