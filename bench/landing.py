@@ -18,7 +18,6 @@ import torch
 
 import sparseprune
 from sparseprune.latency import SPARSITIES, LatencyTable
-from sparseprune.profiling import converted_ms
 from sparseprune.timing import machine, thread_count
 from sparseprune.zoo import NETWORKS
 
@@ -59,7 +58,8 @@ def land(options: argparse.Namespace, table: LatencyTable, x: torch.Tensor, spee
     model = network(options.network)
     found = sparseprune.autoprune(model, x, speedup=speedup, table=table, tolerance=options.tolerance)
     with thread_count(table.threads):
-        afresh = [converted_ms(model, (x,)) for _ in range(options.repeats)]
+        yardstick = table.yardstick(network(options.network), x, found.target_ms)
+        afresh = [yardstick.measure(model) for _ in range(options.repeats)]
     return {
         "speedup": speedup, "target_ms": found.target_ms, "first_measured_ms": found.attempts[0].measured_ms,
         "measured_ms": found.measured_ms, "rounds": len(found.attempts),

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparseprune
-from sparseprune.profiling import converted_ms, profile_models
+from sparseprune.latency import SPARSITIES
+from sparseprune.profiling import profile_models
 from sparseprune.timing import thread_count
 from sparseprune.zoo import resnet18_32
 
@@ -114,8 +115,8 @@ BY_ERRORS = {OURS: "search", "autoprune, magnitude": "magnitude", "autoprune, ou
 
 
 def match(
-    fresh: Callable[[], nn.Module], prune: Callable[[nn.Module, float], nn.Module], images: Tensor, target: float,
-    guess: float, tolerance: float, rounds: int,
+    fresh: Callable[[], nn.Module], prune: Callable[[nn.Module, float], nn.Module],
+    measure: Callable[[nn.Module], float], target: float, guess: float, tolerance: float, rounds: int,
 ) -> tuple[nn.Module, float, float]:  # fmt: skip
     """The model pruned to the sparsity whose measured time is nearest to `target`: model, sparsity, milliseconds."""
     low, high, tried = math.log(1 - 0.9995), math.log(1 - 0.5), []  # of the density
@@ -123,7 +124,7 @@ def match(
     for _ in range(rounds):
         sparsity = 1 - math.exp(place)
         model = prune(fresh(), sparsity)
-        ms = converted_ms(model, (images,))
+        ms = measure(model)
         tried.append((abs(ms / target - 1), sparsity, ms, model))
         if tried[-1][0] <= tolerance:
             break
@@ -185,7 +186,7 @@ class Experiment:
     def table(self) -> sparseprune.LatencyTable:
         path = self.options.output / "table.json"
         if not path.exists():
-            sparsities = (0.0, 0.9, 0.99) if self.options.fast else sparseprune.latency.SPARSITIES
+            sparsities = (0.0, 0.9, 0.99) if self.options.fast else SPARSITIES
             sparseprune.LatencyTable.measure(
                 self.network(0), self.timed, threads=self.options.threads, sparsities=sparsities
             ).save(path)
@@ -216,9 +217,10 @@ class Experiment:
             facts: dict[str, Any] = {"predicted_ms": found.predicted_ms, "rounds": len(found.attempts)}
         else:
             before = self.results["runs"].get(f"{variant}/0", {}).get("sparsity", 0.98)
+            measure = table.yardstick(model, self.timed, target).measure
             model, sparsity, ms = match(
-                lambda: self.network(seed), BY_SPARSITY[variant], self.timed, target, before,
-                options.tolerance, options.rounds,
+                lambda: self.network(seed), BY_SPARSITY[variant], measure, target, before, options.tolerance,
+                options.rounds,
             )
             facts = {"sparsity": sparsity}
         torch.save(model.state_dict(), self.file(variant, seed))

@@ -69,7 +69,7 @@ def loaders(directory: Path | None, batch: int, few: bool) -> Loaders:
     def part(name: str) -> TensorDataset:
         images = np.pad(arrays[f"{name}_images"], ((0, 0), (2, 2), (2, 2)))  # 28×28 to 32×32
         pixels = (torch.from_numpy(images).unsqueeze(1).float() / 255 - 0.2195) / 0.3327
-        return TensorDataset(pixels.expand(-1, 3, -1, -1), torch.from_numpy(arrays[f"{name}_labels"]).long())
+        return TensorDataset(pixels.expand(-1, 3, -1, -1), torch.tensor(arrays[f"{name}_labels"], dtype=torch.int64))
 
     return DataLoader(part("train"), batch, shuffle=True, drop_last=True), DataLoader(part("test"), 500)
 
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with Fashion-MNIST's IDX files (default: the subset here)")
     parser.add_argument("--filters", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=8, help="of dense training")
-    parser.add_argument("--finetune-epochs", type=int, default=4)
+    parser.add_argument("--finetune-epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2, help="for the latencies")
     parser.add_argument("--output", type=Path, default=Path("small_cnn_out"), help="where weights and tables go")

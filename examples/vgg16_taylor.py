@@ -5,8 +5,9 @@
     python examples/vgg16_taylor.py --fast               # seconds: does it run?
 
 A dense network is trained for each seed. Then, for each criterion, rounds of pruning and a little finetuning take its
-multiply-adds down to `--macs` of the dense ones, the same for every criterion; a longer finetuning follows, and
-`sparseprune.compact` removes the filters for good. Nothing of it is particular to VGG but `macs`, which counts.
+multiply-adds down to each of `--macs`, shares of the dense ones, the same for every criterion; after each a longer
+finetuning follows, and `sparseprune.compact` removes the filters for good. Nothing of it is particular to VGG but
+`macs`, which counts.
 
 Every training is checkpointed and what is done is skipped, so that the same command goes on after an interruption. DIR
 holds Fashion-MNIST's four IDX files, raw or .gz; without it the subset in examples/data is used.
@@ -84,11 +85,11 @@ class Once(Criterion):
 
 
 def prune_to(model: nn.Module, goal: float, criterion: Criterion, seed: int) -> None:
-    """Prune filters until at most `goal` multiply-adds are left; every layer keeps a tenth of them."""
+    """Prune filters until at most `goal` multiply-adds are left; every layer keeps 3 % of its own at least."""
     options: dict[str, Any] = {
-        "criterion": Once(criterion), "pattern": "filter", "include": nn.Conv2d, "min_density": 0.1, "seed": seed,
+        "criterion": Once(criterion), "pattern": "filter", "include": nn.Conv2d, "min_density": 0.03, "seed": seed,
     }  # fmt: skip
-    low, high = sparseprune.summary(model).sparsity * 0.99, 0.89
+    low, high = sparseprune.summary(model).sparsity * 0.99, 0.96
     for _ in range(12):
         middle = (low + high) / 2
         trial = copy.deepcopy(model)
@@ -110,36 +111,40 @@ def train(model: nn.Module, data: DataLoader[Any], epochs: int, rate: float, fol
     )  # fmt: skip
 
 
-def pruned(args: argparse.Namespace, data: Data, name: str, seed: int) -> dict[str, Any]:
-    """Prune and finetune in rounds, then remove the filters; what is left, and how good it is."""
+def pruned(args: argparse.Namespace, data: Data, name: str, share: float, seed: int) -> dict[str, Any]:
+    """Prune and finetune in rounds from the share before, then remove the filters; what is left, and how good it is."""
     model = network(args.width, seed)
-    sparseprune.load_weights(model, weights(args, "dense", seed))
-    full, path = macs(model), weights(args, name, seed)
+    full = macs(model)
+    before = min(other for other in (1.0, *args.macs) if other > share)
+    sparseprune.load_weights(model, weights(args, name if before < 1 else "dense", before, seed))
+    sparseprune.hold_zeros(model, include=nn.Conv2d)
+    path = weights(args, name, share, seed)
     cut = []
     for number in range(1, args.rounds + 1):
-        goal = full * args.macs ** (number / args.rounds)  # every round leaves the same share
+        goal = full * before * (share / before) ** (number / args.rounds)  # every round leaves the same share
         prune_to(model, goal, criterion(name, data.gradients), 100 * seed + number)
         cut.append(sparseprune.evaluate(model, data.test).accuracy)
         last = number == args.rounds
         loader, epochs = (data.train, args.finetune_epochs) if last else (data.some, 1)
         train(model, loader, epochs, 0.02, path.with_suffix("") / f"round{number}", seed)
+    masked = macs(model) / full
     sparseprune.save_weights(sparseprune.finalize(model), path)
-    small = load_small(args, name, seed)
-    return describe(small, data) | {"macs": macs(small) / full, "macs_masked": macs(model) / full, "cut": cut}
+    small = load_small(args, name, share, seed)
+    return describe(small, data) | {"macs": macs(small) / full, "macs_masked": masked, "cut": cut}
 
 
 def dense(args: argparse.Namespace, data: Data, seed: int) -> dict[str, Any]:
     model = network(args.width, seed)
-    path = weights(args, "dense", seed)
+    path = weights(args, "dense", 1.0, seed)
     train(model, data.train, args.epochs, 0.05, path.with_suffix(""), seed)
     sparseprune.save_weights(model, path)
     return describe(model, data) | {"macs": 1.0}
 
 
-def load_small(args: argparse.Namespace, name: str, seed: int) -> nn.Module:
+def load_small(args: argparse.Namespace, name: str, share: float, seed: int) -> nn.Module:
     """The network of a finished run, without the filters that were pruned."""
     model = network(args.width, seed).eval()
-    sparseprune.load_weights(model, weights(args, name, seed))
+    sparseprune.load_weights(model, weights(args, name, share, seed))
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return model if name == "dense" else sparseprune.compact(model, torch.zeros(1, 1, 32, 32))
 
@@ -159,9 +164,13 @@ def criterion(name: str, gradients: Batches) -> Criterion:
     return Random() if name == "random" else Magnitude(2)
 
 
-def weights(args: argparse.Namespace, name: str, seed: int) -> Path:
-    path: Path = args.output / f"{name}-{seed}.safetensors"
+def weights(args: argparse.Namespace, name: str, share: float, seed: int) -> Path:
+    path: Path = args.output / f"{key_of(name, share, seed)}.safetensors"
     return path
+
+
+def key_of(name: str, share: float, seed: int) -> str:
+    return f"{name}-{seed}" if share == 1 else f"{name}-{round(100 * share):02}-{seed}"
 
 
 class Data:
@@ -185,32 +194,37 @@ class Data:
         self.gradients: Batches = list(DataLoader(Subset(images, range(min(512, len(images)))), 64))  # for Taylor
 
 
-def latency(args: argparse.Namespace, name: str) -> dict[str, Any]:
+def latency(args: argparse.Namespace, name: str, share: float) -> dict[str, Any]:
     """Milliseconds of one image of the first seed's network: torch's dense ways, and converted."""
-    model = load_small(args, name, 0)
+    model = load_small(args, name, share, 0)
     example = torch.zeros(1, 1, 32, 32).normal_(generator=torch.Generator().manual_seed(0))
-    result = sparseprune.benchmark(model, [example], name=f"vgg16-bn {name}")
-    (args.output / f"{name}.benchmark.txt").write_text(str(result))
+    result = sparseprune.benchmark(model, [example], name=f"vgg16-bn {key_of(name, share, 0)}")
+    (args.output / f"{key_of(name, share, 0)}.benchmark.txt").write_text(str(result))
     return {timing.name: timing.median_ms for timing in result.timings}
 
 
-def table(results: dict[str, Any], criteria: list[str]) -> str:
-    """A row for each criterion: means and standard deviations over the seeds."""
-    lines = [f"{'':18} {'MACs':>6} {'accuracy':>15} {'lost, points':>15}  milliseconds of one image (first seed)"]
-    lost: dict[str, list[float]] = {}
-    for name in ["dense", *criteria]:
-        rows = {key: row for key, row in results.items() if key.rpartition("-")[0] == name}
-        accuracies = [100 * row["accuracy"] for row in rows.values()]
-        lost[name] = [100 * (results[f"dense-{key.rpartition('-')[2]}"]["accuracy"] - row["accuracy"])
-                      for key, row in rows.items()]  # fmt: skip
-        share = statistics.mean(row["macs"] for row in rows.values())
-        times = rows[f"{name}-0"].get("milliseconds", {})
-        text = ", ".join(f"{way} {ms:.3f}" for way, ms in times.items() if ms is not None)
-        lines.append(f"{name:18} {share:6.1%} {_spread(accuracies):>15} {_spread(lost[name]):>15}  {text}")
-    if {"taylor", "random"} <= set(criteria) and len(lost["taylor"]) > 1:
-        gain = statistics.mean(lost["random"]) - statistics.mean(lost["taylor"])
-        deviation = max(statistics.stdev(lost["random"]), statistics.stdev(lost["taylor"]))
-        lines.append(f"\nTaylor against random filters: {gain:.2f} points better, {gain / deviation:.1f} deviations")
+def table(results: dict[str, Any], runs: list[tuple[str, float]], seeds: int) -> str:
+    """A row for each criterion and share: means and standard deviations over the seeds."""
+    lines = [f"{'':18} {'MACs':>6} {'weights':>8} {'accuracy':>13} {'points lost':>13}  ms, one image (first seed)"]
+    lost: dict[tuple[str, float], list[float]] = {}
+    for name, share in runs:
+        rows = [results[key_of(name, share, seed)] for seed in range(seeds)]
+        accuracies = [100 * row["accuracy"] for row in rows]
+        lost[name, share] = [100 * results[f"dense-{seed}"]["accuracy"] - accuracies[seed] for seed in range(seeds)]
+        mean = {field: statistics.mean(row[field] for row in rows) for field in ("macs", "parameters")}
+        times = ", ".join(f"{way} {ms:.3f}" for way, ms in rows[0].get("milliseconds", {}).items() if ms is not None)
+        lines.append(
+            f"{name:18} {mean['macs']:6.1%} {mean['parameters']:8,.0f} {_spread(accuracies):>13} "
+            f"{_spread(lost[name, share]):>13}  {times}"
+        )
+    for name, share in lost:
+        if name == "taylor" and ("random", share) in lost and seeds > 1:
+            gain = statistics.mean(lost["random", share]) - statistics.mean(lost[name, share])
+            deviation = max(statistics.stdev(lost["random", share]), statistics.stdev(lost[name, share]))
+            lines.append(
+                f"at {share:.0%} of the MACs Taylor is {gain:.2f} points better than random filters; the larger "
+                f"standard deviation is {deviation:.2f}"
+            )
     return "\n".join(lines)
 
 
@@ -223,10 +237,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with Fashion-MNIST's IDX files (default: the subset here)")
     parser.add_argument("--width", type=int, default=16, help="channels of the first convolution (64: VGG-16)")
     parser.add_argument("--epochs", type=int, default=6, help="of dense training")
-    parser.add_argument("--rounds", type=int, default=4, help="prunings")
+    parser.add_argument("--rounds", type=int, default=4, help="prunings for each share")
     parser.add_argument("--round-images", type=int, default=3200, help="images seen between two prunings")
     parser.add_argument("--finetune-epochs", type=int, default=3, help="after the last pruning")
-    parser.add_argument("--macs", type=float, default=0.5, help="share of the multiply-adds that stays")
+    parser.add_argument("--macs", default="0.5,0.25,0.1", help="shares of the multiply-adds that stay")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--criteria", default="taylor,random", help=f"some of {','.join(CRITERIA)}")
@@ -235,27 +249,31 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="a tiny network, 256 images, one epoch, no timing")
     args = parser.parse_args()
     if args.fast:
-        args.width, args.epochs, args.rounds, args.finetune_epochs, args.seeds, args.no_latency = 4, 1, 2, 1, 2, True
+        args.width, args.epochs, args.rounds, args.finetune_epochs, args.seeds, args.no_latency = 4, 1, 2, 1, 1, True
     chosen = args.criteria.split(",")
     for name in chosen:
         if name not in CRITERIA:
             parser.error(f"--criteria: {name!r} is none of {', '.join(CRITERIA)}")
+    args.macs = sorted((float(share) for share in args.macs.split(",")), reverse=True)
+    if not all(0 < share < 1 for share in args.macs):
+        parser.error(f"--macs: {args.macs} are not shares between 0 and 1")
     args.output.mkdir(parents=True, exist_ok=True)
     data = Data(args.data, args.batch, args.round_images, args.fast)
     path = args.output / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
+    runs = [("dense", 1.0)] + [(name, share) for share in args.macs for name in chosen]
     for seed in range(args.seeds):
-        for name in ["dense", *chosen]:
-            key = f"{name}-{seed}"
+        for name, share in runs:
+            key = key_of(name, share, seed)
             if key not in results:
                 print(f"{key}:", flush=True)
-                results[key] = dense(args, data, seed) if name == "dense" else pruned(args, data, name, seed)
+                results[key] = dense(args, data, seed) if name == "dense" else pruned(args, data, name, share, seed)
             if seed == 0 and "milliseconds" not in results[key] and not args.no_latency:
-                results[key]["milliseconds"] = latency(args, name)
+                results[key]["milliseconds"] = latency(args, name, share)
             beside = path.with_suffix(".tmp")  # then renamed: never half a table
             beside.write_text(json.dumps(results, indent=1))
             beside.replace(path)
-    print(table(results, chosen))
+    print(table(results, runs, args.seeds))
 
 
 if __name__ == "__main__":

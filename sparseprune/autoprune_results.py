@@ -43,7 +43,8 @@ class AutopruneResult:
         layers: In the model's order.
         target_ms: What was asked.
         predicted_ms: By the latency table, of what was chosen.
-        measured_ms: The converted model's; None with `verify=False`.
+        measured_ms: The converted model's, in the latency table's terms (`LatencyTable.yardstick`); None with
+            `verify=False`.
         dense_ms: Dense torch's, in the faster of its two layouts.
         attempts: Every round; chosen is the one whose measured time is nearest to the target.
         table: The latency table, to save and use again.

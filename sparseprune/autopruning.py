@@ -21,7 +21,6 @@ from .dense import plain_copy
 from .errors import SparsepruneWarning
 from .evaluation import Loss
 from .latency import SPARSITIES, LatencyTable, check_sparsities, input_shapes, progress_bar
-from .profiling import converted_ms
 from .pruning import Criterion, Pattern, prune
 from .pruning.criteria import ScoreFunction
 from .pruning.selection import Selector, find_weights
@@ -54,7 +53,7 @@ def autoprune(
     Args:
         model: Any float32 module of which at least a part converts to a native program.
         example_inputs: As for `convert`: a tensor or a tuple. Their batch is the one to deploy with.
-        latency_ms: The target, for a call that nothing else on the machine disturbs. Exactly one of this and `speedup`.
+        latency_ms: The target, at the machine's pace when the table was measured. Exactly one of this and `speedup`.
         speedup: The target as how many times faster than dense torch (eager or channels_last, whichever is faster, with
             as many threads), as measured with the latency table.
         criterion, pattern: What ranks within a layer and what shape goes, as in `prune`.
@@ -120,17 +119,22 @@ def autoprune(
             other, 0, criterion=criterion, pattern=pattern, include=tuple(amounts), amounts=amounts, seed=seed
         )
 
-    def measure(chosen: Sequence[int]) -> float:
-        twin = plain_copy(model).cpu()
+    def measure() -> Callable[[Sequence[int]], float]:
         with timing.thread_count(table.threads):
-            return converted_ms(apply(twin, choices.counts_of(chosen)), args)
+            yardstick = table.yardstick(model, args, target, pattern)
+
+        def ms(chosen: Sequence[int]) -> float:
+            with timing.thread_count(table.threads):
+                return yardstick.measure(apply(plain_copy(model).cpu(), choices.counts_of(chosen)))
+
+        return ms
 
     if isinstance(method, str):
         candidates = Candidates(model, choices.parameters, choices.counts, apply)
         scores = _scores(method, candidates, choices, target, held or [], loss, autocast, trials, seed, progress)
     else:
         scores = choices.given_errors(method)
-    attempts = _meet(choices, scores, target, measure if verify else None, tolerance, rounds, progress)
+    attempts = _meet(choices, scores, target, measure() if verify else None, tolerance, rounds, progress)
     best = _chosen(attempts, target, tolerance, choices)
     apply(model, choices.counts_of(best.chosen))
     rows = zip(choices.names, choices.shapes, choices.sparsities, scores, choices.costs, best.chosen, strict=True)

@@ -19,7 +19,7 @@ from . import _native, timing
 from .dense import plain_copy
 from .errors import FormatError
 from .module import write_beside
-from .profiling import Profile, profile_models
+from .profiling import Profile, Yardstick, profile_models
 from .pruning import Pattern, prune
 from .pruning.selection import PrunableWeight, Selector, find_weights
 
@@ -94,8 +94,8 @@ class LatencyTable:
             raise ValueError(f"whole_ms has {len(self.whole_ms)} times for {points} sparsities")
         times = [time for layer in self.layers.values() for time in layer.ms]
         times += [*self.whole_ms, self.rest_ms, self.dense_ms]
-        if not all(math.isfinite(time) and time >= 0 for time in times):
-            raise ValueError("times must be finite and not negative")
+        if not all(math.isfinite(time) and time >= 0 for time in times) or 0 in self.whole_ms:
+            raise ValueError("times must be finite and not negative, those of the whole positive")
         if self.threads < 1:
             raise ValueError(f"threads={self.threads} must be positive")
 
@@ -109,8 +109,8 @@ class LatencyTable:
         """Convert the model once per sparsity, all layers pruned to it, and time every layer in the running programs.
 
         About six seconds a sparsity for ResNet-18 on small images; all programs are in memory at the end. Each layer is
-        pruned by magnitude, so masks are as uneven as the trained weights are. The programs run by turns, and times are
-        those of the quietest moments. `model` is not changed.
+        pruned by magnitude, so masks are as uneven as the trained weights are. All programs and dense torch run by
+        turns, and each round's pace is taken out. `model` is not changed.
 
         Args:
             model: Any float32 module that converts; its evaluation mode is measured.
@@ -173,6 +173,19 @@ class LatencyTable:
         for name in sparsities:
             self.layer_ms(name, sparsities[name])
         return self.rest_ms + sum(self.layer_ms(name, sparsities.get(name, 0.0)) for name in self.layers)
+
+    def yardstick(
+        self, model: nn.Module, example_inputs: Any, near_ms: float, pattern: str | Pattern = "1x1"
+    ) -> Yardstick:
+        """Measures pruned versions of `model` in this table's milliseconds, whatever the machine's pace is now.
+
+        They take turns with that of the table's networks, all layers at one sparsity, whose time is nearest to
+        `near_ms`; it is converted here. The number of threads is for the caller to set.
+        """
+        place = min(range(len(self.sparsities)), key=lambda i: abs(math.log(self.whole_ms[i] / near_ms)))
+        weights = find_weights(model, tuple(self.layers))
+        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        return Yardstick(_uniform(model, weights, self.sparsities[place], pattern), args, self.whole_ms[place])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

@@ -1,15 +1,14 @@
 """How long converted networks take, and each layer in them, and dense torch.
 
-Milliseconds are those of the quietest of several short blocks: the least median. Others on a shared machine only ever
-make a block slower, through its caches and memory too, for seconds at a time; so what is compared is measured by
-turns, over as long a time as there is patience for.
+Others on a shared machine change its pace by tens of per cent, for seconds or minutes, through its caches and memory
+too, which a process that never waits for a core does not see. So what is compared is measured by turns, in short
+blocks, and each round's pace is taken out: ratios stay within two or three per cent.
 """
 
 from __future__ import annotations
 
 import re
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,12 +27,10 @@ from .graph.segmented import Segmented
 from .graph.snapshot import snapshot
 from .module import SparseModule
 
-__all__ = ["Profile", "converted_ms", "profile_models"]
+__all__ = ["Profile", "Yardstick", "profile_models"]
 
 _SECONDS = 0.06  # of a block
-_ROUNDS = 10  # of many models by turns
-_BLOCKS = 20  # of a model on its own
-_PAUSE = 0.1  # seconds between those
+_ROUNDS = 12
 
 
 @dataclass(frozen=True)
@@ -73,28 +70,45 @@ def profile_models(
             subjects.append(_Subject(_program(model, args), args))
             dense = dense or _dense(model, args)
             step()
-    taken: dict[str, list[float]] = {layout: [] for layout in dense}
+    calls = [*dense.values(), *(subject.call for subject in subjects)]
+    taken = []
     with torch.inference_mode():
         for _ in range(_ROUNDS):
-            for layout, call in dense.items():
-                taken[layout].append(_block_ms(call))
+            taken.append([_block_ms(call) for call in calls])
             for subject in subjects:
-                subject.measure()
-    dense_ms, layout = min((min(times), layout) for layout, times in taken.items())
-    return [subject.profile() for subject in subjects], dense_ms, layout
+                subject.look_inside()
+    times = np.array(taken)
+    pace = np.exp(np.log(times).mean(axis=1))  # of each round
+    ms = (np.median(times / pace[:, None], axis=0) * pace.min()).tolist()
+    dense_ms, layout = min(zip(ms, dense, strict=False))
+    whole = ms[len(dense) :]
+    return [subject.profile(own, pace) for subject, own in zip(subjects, whole, strict=True)], dense_ms, layout
 
 
-def converted_ms(model: nn.Module, args: tuple[Any, ...]) -> float:
-    """Milliseconds of `model` converted: of its native program, also where `convert` would rather use dense torch.
+class Yardstick:
+    """Times other models against one whose time is known: at whatever pace the machine goes now.
 
-    Takes some four seconds more than the conversion. Arguments and errors as `profile_models`.
+    Args:
+        model: Of the same architecture, and not far from as fast.
+        args: As for `convert`.
+        ms: What `model` takes, converted.
     """
-    fast = _program(model, args)
-    best = float("inf")
-    for _ in range(_BLOCKS):
-        best = min(best, _block_ms(lambda: fast(*args)))
-        time.sleep(_PAUSE)
-    return best
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], ms: float) -> None:
+        self.args, self.ms, self.known = args, ms, _program(model, args)
+
+    def measure(self, model: nn.Module) -> float:
+        """Milliseconds of `model` converted: of its native program, also where `convert` would use dense torch.
+
+        Raises:
+            UnsupportedError: It cannot be converted, or only single layers of it.
+        """
+        fast = _program(model, self.args)
+        shares = []
+        for _ in range(_ROUNDS):
+            known = _block_ms(lambda: self.known(*self.args))
+            shares.append(_block_ms(lambda: fast(*self.args)) / known)
+        return self.ms * statistics.median(shares)
 
 
 def _program(model: nn.Module, args: tuple[Any, ...]) -> SparseModule:
@@ -134,30 +148,25 @@ def _block_ms(call: Callable[[], Any]) -> float:
 
 
 class _Subject:
-    """A converted model, and the quietest that was seen of it."""
+    """A converted model, and what was seen inside."""
 
     def __init__(self, fast: SparseModule, args: tuple[Any, ...]) -> None:
         self.call, self.parts = lambda: fast(*args), _parts(fast, args)
-        self.whole = float("inf")
-        self.inside: NDArray[np.float64] | None = None  # seconds by node
+        self.inside: list[NDArray[np.float64]] = []  # of each round, milliseconds by node
 
-    def measure(self) -> None:
-        self.whole = min(self.whole, _block_ms(self.call))
+    def look_inside(self) -> None:
         samples: list[list[float]] = []
         timing.settle()
         timing.block(lambda: samples.append([s for part in self.parts for s in part.profile()]), _SECONDS)
-        found = np.median(samples, axis=0)
-        if self.inside is None or found.sum() < self.inside.sum():
-            self.inside = found
+        self.inside.append(1e3 * np.median(samples, axis=0))
 
-    def profile(self) -> Profile:
-        assert self.inside is not None
+    def profile(self, whole: float, pace: NDArray[np.float64]) -> Profile:
+        nodes = np.median(np.array(self.inside) / pace[:, None], axis=0) * pace.min()
         layers: dict[str, float] = {}
-        names = [name for part in self.parts for name in part.names]
-        for name, seconds in zip(names, self.inside, strict=True):
+        for name, ms in zip((name for part in self.parts for name in part.names), nodes, strict=True):
             if name:
-                layers[name] = layers.get(name, 0.0) + 1e3 * float(seconds)
-        return Profile(layers, self.whole)
+                layers[name] = layers.get(name, 0.0) + float(ms)
+        return Profile(layers, whole)
 
 
 class _Part:

@@ -7,8 +7,9 @@ import dataclasses
 import itertools
 import json
 import math
+import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparseprune
-from sparseprune import autopruning, conversion, profiling, timing
+from sparseprune import conversion, latency, profiling, timing
 from sparseprune.allocation import allocate, quadratic_prior, search_coefficients, search_length
 from sparseprune.candidates import Candidates
 from sparseprune.errors import FormatError, SparsepruneWarning, UnsupportedError
@@ -60,7 +61,7 @@ X = torch.zeros(1, 1, 8, 8)
 def hasty() -> Iterator[None]:
     """Measuring is exercised, but no time is judged: it may be as rough as it likes."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("_SECONDS", 0.002), ("_ROUNDS", 2), ("_BLOCKS", 1), ("_PAUSE", 0.0)):
+        for name, value in (("_SECONDS", 0.002), ("_ROUNDS", 2)):
             patch.setattr(profiling, name, value)
         patch.setattr(conversion, "TUNE_SECONDS", 0.05)
         yield
@@ -511,12 +512,15 @@ def test_an_error_on_the_way_changes_nothing() -> None:
 # ---- its rounds of measuring ----
 
 
+def measures(monkeypatch: pytest.MonkeyPatch, ms: Callable[[nn.Module], float]) -> None:
+    """In place of converting and timing."""
+    monkeypatch.setattr(latency, "Yardstick", lambda *_: types.SimpleNamespace(measure=ms))
+
+
 @pytest.mark.parametrize("factor", [0.6, 0.9, 1.0, 1.3, 2.0])
 def test_budgets_are_corrected_until_the_target_is_met(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """The real times differ from the table's by a factor, in all that depends on the sparsities."""
-    monkeypatch.setattr(
-        autopruning, "converted_ms", lambda model, args: 0.5 + factor * (by_table(model) - 0.5)
-    )
+    measures(monkeypatch, lambda model: 0.5 + factor * (by_table(model) - 0.5))
     model = network()
     fine = [1 - 0.01 ** (i / 24) for i in range(25)]
     result = run(model, latency_ms=2.0, verify=True, sparsities=fine)
@@ -527,7 +531,7 @@ def test_budgets_are_corrected_until_the_target_is_met(monkeypatch: pytest.Monke
 
 
 def test_a_target_that_measuring_shows_to_be_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autopruning, "converted_ms", lambda *_: 3.0)
+    measures(monkeypatch, lambda model: 3.0)
     model = network()
     with pytest.raises(ValueError, match=r"cannot be reached: with 99.00% zeros in every layer .* takes 3 ms"):
         run(model, latency_ms=2.0, verify=True)
@@ -535,7 +539,7 @@ def test_a_target_that_measuring_shows_to_be_unreachable(monkeypatch: pytest.Mon
 
 
 def test_the_nearest_is_taken_with_a_warning_where_measuring_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autopruning, "converted_ms", lambda model, args: 1.7 if by_table(model) < 1.5 else 3.0)
+    measures(monkeypatch, lambda model: 1.7 if by_table(model) < 1.5 else 3.0)
     with pytest.warns(SparsepruneWarning, match="1.7 ms is the nearest to the target of 2 ms"):
         result = run(network(), latency_ms=2.0, verify=True)
     assert result.measured_ms == 1.7 and {a.measured_ms for a in result.attempts} == {1.7, 3.0}

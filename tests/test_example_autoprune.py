@@ -16,7 +16,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "autoprune.py"
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name, value in (("_SECONDS", 0.002), ("_ROUNDS", 1), ("_BLOCKS", 1), ("_PAUSE", 0.0)):
+    for name, value in (("_SECONDS", 0.002), ("_ROUNDS", 1)):
         monkeypatch.setattr(profiling, name, value)
     monkeypatch.setattr(conversion, "TUNE_SECONDS", 0.05)
     spec = importlib.util.spec_from_file_location("autoprune_example", EXAMPLE)
