@@ -103,12 +103,11 @@ class Branches(nn.Module):
 
 
 def test_layers_without_statistics_or_without_inputs() -> None:
-    model = Branches()
+    model: Any = Branches()
     model.idle.running_mean = torch.arange(4.0)
     recalibrate_bn(model, [torch.randn(6, 4) + 5])
-    assert torch.equal(model.idle.running_mean, torch.arange(4.0))
-    assert model.idle.running_var is not None and model.idle.running_var.tolist() == [1.0] * 4
-    assert model.busy.running_mean is not None and float(model.busy.running_mean.mean()) > 4
+    assert torch.equal(model.idle.running_mean, torch.arange(4.0)) and bool((model.idle.running_var == 1).all())
+    assert float(model.busy.running_mean.mean()) > 4
     plain = nn.Linear(2, 2)
     assert recalibrate_bn(plain, []) is plain  # nothing to do, whatever the loader
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +17,20 @@ from ..calibration import move_inputs
 from ..graph.snapshot import snapshot
 from .selection import PrunableWeight
 
-__all__ = ["Probe", "bar_of", "input_vectors"]
+__all__ = ["Calls", "Probe", "bar_of", "input_vectors"]
 
 _CHUNK = 1 << 24  # elements gathered at once: 64 MiB in float32
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # of conv2d; linear has three
 
 OnCall = Callable[[str, Tensor, Mapping[str, Any]], None]  # weight, input, options of the convolution
+
+
+@dataclass
+class Calls:
+    """How often each batch calls one weight, and how large the input vectors of all of them are."""
+
+    of_batch: list[int]
+    bytes: int
 
 
 class Probe:
@@ -54,20 +63,26 @@ class Probe:
             for tensor in self._weights[name]:
                 tensor.copy_(values)
 
-    def calls(self, progress: bool) -> dict[str, list[int]]:
-        """How often each batch calls each weight; in the order in which layers are first called.
+    def calls(self, progress: bool) -> dict[str, Calls]:
+        """How often each weight is called, in the order in which layers are first called.
 
         Raises:
             ValueError: no batch, or a weight that is never called.
         """
-        found: dict[str, list[int]] = {}
+        found: dict[str, Calls] = {}
         number = -1
         for number, batch in self._numbered("OBS: order", progress):
             for calls in found.values():
-                calls.append(0)
+                calls.of_batch.append(0)
+            generator = torch.Generator().manual_seed(number)
 
-            def count(name: str, x: Tensor, options: Mapping[str, Any], number: int = number) -> None:
-                found.setdefault(name, [0] * (number + 1))[number] += 1
+            def count(
+                name: str, x: Tensor, options: Mapping[str, Any], number: int = number,
+                generator: torch.Generator = generator,
+            ) -> None:  # fmt: skip
+                calls = found.setdefault(name, Calls([0] * (number + 1), 0))
+                calls.of_batch[number] += 1
+                calls.bytes += sum(v.nbytes for v in self._vectors(name, x, options, generator))
 
             self._run(batch, self._weights, count)
         self._check(found, self._weights, number)
@@ -97,13 +112,30 @@ class Probe:
         self._check(sums, names, number)
         return {name: _finite(name, sums[name].div_(counts[name])) for name in names}
 
-    def paired(self, original: Probe, name: str, calls: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Moments of one layer's inputs x here with themselves and with the inputs y that it has in `original`.
+    def inputs(self, names: Collection[str]) -> dict[str, list[list[Tensor]]]:
+        """The input vectors of some layers, batch by batch, from one run; see `input_vectors`."""
+        found: dict[str, list[list[Tensor]]] = {name: [] for name in names}
+        for number, batch in self._numbered("", False):
+            generators = {name: torch.Generator().manual_seed(number) for name in names}
+            for vectors in found.values():
+                vectors.append([])
+
+            def add(
+                name: str, x: Tensor, options: Mapping[str, Any],
+                generators: Mapping[str, torch.Generator] = generators,
+            ) -> None:  # fmt: skip
+                found[name][-1].extend(self._vectors(name, x, options, generators[name]))
+
+            self._run(batch, names, add)
+        return found
+
+    def paired(self, name: str, theirs: Sequence[Sequence[Tensor]], calls: Calls) -> tuple[Tensor, Tensor]:
+        """Moments of one layer's inputs x here with themselves, and with the inputs y that it has in another network.
 
         Args:
-            original: a probe of the same model with other weights.
             name: of the weight.
-            calls: how often each batch calls it; the run of a batch ends there.
+            theirs: y, from that network's `inputs`: at the same positions.
+            calls: how often each batch calls the weight; the run of a batch ends there.
 
         Returns:
             Means of x x^T and of y x^T, (groups, K, K) each.
@@ -113,22 +145,20 @@ class Probe:
         """
         square, cross, count = torch.zeros(()), torch.zeros(()), 0
         for number, batch in self._numbered("", False):
-            if not calls[number]:
-                continue
-            mine, theirs = (probe._all_vectors(name, batch, number, calls[number]) for probe in (self, original))
-            if [x.shape for x in mine] != [y.shape for y in theirs]:
+            mine = self._inputs_until(name, batch, number, calls.of_batch[number])
+            if [x.shape for x in mine] != [y.shape for y in theirs[number]]:
                 raise ValueError(
                     f"{name} is given inputs of other shapes once the layers before it are pruned; use sequential=False"
                 )
-            for x, y in zip(mine, theirs, strict=True):
+            for x, y in zip(mine, theirs[number], strict=True):
                 square = square.to(x) + x.mT @ x
                 cross = cross.to(x) + y.mT @ x
                 count += x.shape[1]
         return _finite(name, square / count), _finite(name, cross / count)
 
-    def _all_vectors(self, name: str, batch: Any, number: int, calls: int) -> list[Tensor]:
+    def _inputs_until(self, name: str, batch: Any, number: int, calls: int) -> list[Tensor]:
         found: list[Tensor] = []
-        generator = torch.Generator().manual_seed(number)  # the same positions in both networks
+        generator = torch.Generator().manual_seed(number)  # the same positions as in `inputs`
         left = calls
 
         def add(_: str, x: Tensor, options: Mapping[str, Any]) -> None:
@@ -138,7 +168,8 @@ class Probe:
             if not left:
                 raise _Enough
 
-        self._run(batch, [name], add)
+        if calls:
+            self._run(batch, [name], add)
         return found
 
     def _vectors(

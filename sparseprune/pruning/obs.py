@@ -17,7 +17,7 @@ from .selection import PrunableWeight, find_weights
 
 __all__ = ["LayerProblem", "OBS", "masked_least_squares"]
 
-_BUDGET = 1 << 30  # bytes of Hessians held at once while ranking; one layer alone may exceed it
+_BUDGET = 1 << 30  # bytes of Hessians, or of input vectors, held at once; one layer alone may exceed it
 _KEEP = 0.8  # share of a layer's units that each round of ranking keeps
 _END = 0.01  # share of the units from which on the last round's saliencies rank
 _ROUND_STEPS = 8  # iterations of a round's refit
@@ -55,8 +55,8 @@ class OBS(Criterion):
             that the batches say little about.
         patches: input vectors used of each example that a layer is given (positions of a feature map, tokens), drawn at
             random, always the same; None for all.
-        sequential: refit layers one after another, as above, which runs the batches (as far as the layer) twice for
-            every layer; False: all from the original network's inputs, in one run.
+        sequential: refit layers one after another, as above, which runs the batches (as far as the layer) for every
+            layer; False: all from the original network's inputs, in one run.
         progress: show bars.
 
     Raises:
@@ -94,7 +94,7 @@ class OBS(Criterion):
         scores: dict[str, Tensor] = {}
         with undisturbed(model), torch.no_grad():
             probe = Probe(model, found, self.batches, self.patches)
-            for names in _affordable(found):
+            for names in _affordable(_hessian_sizes(found)):
                 hessians = probe.hessians(names, self.progress)
                 for name in bar_of(names, "OBS: ranking", self.progress):
                     problem = LayerProblem(weights[name], hessians.pop(name), None, self.damping)
@@ -110,7 +110,7 @@ class OBS(Criterion):
             if self.sequential:
                 return self._in_turn(original, Probe(model, found, self.batches, self.patches), weights, masks)
             updates: dict[str, Tensor] = {}
-            for names in _affordable(found):
+            for names in _affordable(_hessian_sizes(found)):
                 hessians = original.hessians(names, self.progress)
                 for name in bar_of(names, "OBS: refit", self.progress):
                     problem = LayerProblem(weights[name], hessians.pop(name), None, self.damping)
@@ -122,10 +122,14 @@ class OBS(Criterion):
     ) -> dict[str, Tensor]:
         updates: dict[str, Tensor] = {}
         calls = original.calls(self.progress)
-        for name in bar_of(calls, "OBS: refit", self.progress):
-            problem = LayerProblem(weights[name], *pruned.paired(original, name, calls[name]), self.damping)
-            updates[name] = problem.refit(masks[name])
-            pruned.set_weight(name, updates[name])
+        with bar_of(calls, "OBS: refit", self.progress) as bar:
+            for names in _affordable({name: each.bytes for name, each in calls.items()}):
+                theirs = original.inputs(names)
+                for name in names:
+                    moments = pruned.paired(name, theirs.pop(name), calls[name])
+                    updates[name] = LayerProblem(weights[name], *moments, self.damping).refit(masks[name])
+                    pruned.set_weight(name, updates[name])
+                    bar.update()
         return updates
 
 
@@ -230,17 +234,24 @@ def _find(model: nn.Module, weights: Mapping[str, Tensor]) -> list[PrunableWeigh
     return found
 
 
-def _affordable(weights: Sequence[PrunableWeight]) -> Iterator[list[str]]:
-    """Names, in runs of layers whose Hessians fit into _BUDGET together."""
+def _hessian_sizes(weights: Sequence[PrunableWeight]) -> dict[str, int]:
+    """Bytes of each layer's Hessian."""
+    sizes = {}
+    for weight in weights:
+        values, groups = weight.values(), getattr(weight.sites[0][0], "groups", 1)
+        sizes[weight.name] = groups * math.prod(values.shape[1:]) ** 2 * max(4, values.element_size())
+    return sizes
+
+
+def _affordable(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names, in runs that need no more than _BUDGET bytes, or have one member."""
     run: list[str] = []
     used = 0
-    for weight in weights:
-        values = weight.values()
-        groups = getattr(weight.sites[0][0], "groups", 1)
-        size = groups * math.prod(values.shape[1:]) ** 2 * max(4, values.element_size())
+    for name, size in sizes.items():
         if run and used + size > _BUDGET:
             yield run
             run, used = [], 0
-        run.append(weight.name)
+        run.append(name)
         used += size
-    yield run
+    if run:
+        yield run
