@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class Layer:
         return f"conv {kernel} s{self.stride[0]} {self.inputs}-{self.outputs}{groups} {size}{batch}"
 
 
+@cache
 def table(batch: int = 1) -> dict[Layer, list[str]]:
     """Each distinct layer, and the networks that have it."""
     found: dict[Layer, list[str]] = {}

@@ -4,6 +4,7 @@
     python bench/layers.py --json layers.json --plot layers.png             # about ten minutes
     python bench/layers.py --full --json layers.json --resume               # every pattern at every sparsity
     python bench/layers.py --shapes '3x3 s1 64-64' --sparsity 0,0.9 --patterns 1x1,8x1
+    python bench/layers.py --device cuda                                    # the same layers on a GPU: cuda_layers.py
 
 `layer_shapes.py` says which layers. Ours is timed where it stands in a network: in a program between two cheap
 operators, tuned as `convert` tunes it, its own time taken out. The dense ways, in torch: contiguous, channels_last, and
@@ -39,6 +40,7 @@ import layer_summary
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bench_options import need_json, positive, refuse, regex, resumed, shares, split_device
 from layer_shapes import Layer, table
 from numpy.typing import NDArray
 from torch import Tensor
@@ -58,7 +60,12 @@ Array = NDArray[np.float32]
 Sample = Callable[[], float]  # runs once; milliseconds
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    device, arguments = split_device(sys.argv[1:] if arguments is None else arguments)
+    if device == "cuda":
+        import cuda_layers
+
+        return cuda_layers.main(arguments, "layers.py --device cuda")
     parser = _parser()
     options = _options(parser, arguments)
     settings = {name: getattr(options, name) for name in
@@ -86,65 +93,49 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{layer_summary.summary(document)[1]}")
     if options.plot:
         layer_summary.plot(document, options.plot)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", type=_regex, default=re.compile(""), help="regular expression: layers whose name, "
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda: cuda_layers.py runs, which has options of its "
+                        "own (--device cuda --help)")  # fmt: skip
+    parser.add_argument("--shapes", type=regex, default=re.compile(""), help="regular expression: layers whose name, "
                         "group or network it finds")  # fmt: skip
-    parser.add_argument("--sparsity", type=_shares, help=f"default {SPARSITIES}")
-    parser.add_argument("--block-sparsity", type=_shares, help="of the patterns but 1x1; default what is given as "
+    parser.add_argument("--sparsity", type=shares, help=f"default {SPARSITIES}")
+    parser.add_argument("--block-sparsity", type=shares, help="of the patterns but 1x1; default what is given as "
                         f"--sparsity, else {BLOCK_SPARSITIES}")  # fmt: skip
     parser.add_argument("--patterns", type=_patterns, help=f"default {PATTERNS}")
     parser.add_argument("--full", action="store_true", help=f"{ALL_PATTERNS}, all at every sparsity")
-    parser.add_argument("--batch", type=_positive, default=1, help="images, and inputs of linear layers (BERT: x 128)")
-    parser.add_argument("--threads", type=_positive, default=min(2, len(os.sched_getaffinity(0))))
-    parser.add_argument("--rounds", type=_positive, default=5)
+    parser.add_argument("--batch", type=positive, default=1, help="images, and inputs of linear layers (BERT: x 128)")
+    parser.add_argument("--threads", type=positive, default=min(2, len(os.sched_getaffinity(0))))
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--seconds", type=float, default=0.02, help="of a block (default 0.02)")
     parser.add_argument("--json", type=Path, help="written after each layer")
     parser.add_argument("--resume", action="store_true", help="keep what --json holds, measure the layers it lacks")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="speed-up against sparsity (needs matplotlib)")
+    refuse(parser, "cuda", "--only", "--cases", "--dtype", "--tf32", "--compile")
     return parser
 
 
 def _options(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
-    options.block_sparsity = options.block_sparsity or options.sparsity or _shares(
+    options.block_sparsity = options.block_sparsity or options.sparsity or shares(
         SPARSITIES if options.full else BLOCK_SPARSITIES
     )  # fmt: skip
-    options.sparsity = options.sparsity or _shares(SPARSITIES)
+    options.sparsity = options.sparsity or shares(SPARSITIES)
     options.patterns = options.patterns or _patterns(ALL_PATTERNS if options.full else PATTERNS)
     if not (options.seconds > 0 and math.isfinite(options.seconds)):
         parser.error(f"--seconds {options.seconds} must be positive")
-    if options.resume and not options.json:
-        parser.error("--resume needs --json")
-    for path in (options.json, options.plot):
-        if path and not path.absolute().parent.is_dir():
-            parser.error(f"{path.parent} is not a folder")
+    need_json(parser, options)
     if options.plot:
+        if not options.plot.absolute().parent.is_dir():
+            parser.error(f"{options.plot.parent} is not a folder")
         try:
             layer_summary.matplotlib()
         except RuntimeError as error:
             parser.error(str(error))
     return options
-
-
-def _regex(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
-
-
-def _shares(text: str) -> list[float]:
-    try:
-        found = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers, separated by commas") from None
-    for share in found:
-        if not 0 <= share < 1:
-            raise argparse.ArgumentTypeError(f"{share} is not in [0, 1)")
-    return found
 
 
 def _patterns(text: str) -> list[str]:
@@ -154,22 +145,12 @@ def _patterns(text: str) -> list[str]:
     return list(dict.fromkeys(text.split(",")))
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
 # ---- the file ----
 
 
 def _begin(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    if options.resume and options.json.exists():
-        document: dict[str, Any] = json.loads(options.json.read_text())
-        if document["settings"] != settings:
-            raise SystemExit(f"--resume: {options.json} was measured with other settings: {document['settings']}")
-        return document
-    return {"settings": settings, "machine": timing.machine(), "ceilings": [], "layers": []}
+    fresh = {"settings": settings, "machine": timing.machine(), "ceilings": [], "layers": []}
+    return resumed(options, settings) or fresh
 
 
 def _save(document: dict[str, Any], path: Path | None) -> None:
@@ -402,4 +383,4 @@ def block(sample: Sample, seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,7 @@
     pip install '.[torch,peers]'; pip install --no-deps MNN     # the peers are optional
     python bench/networks.py --json networks.json
     python bench/networks.py resnet50 --sparsity 0.95 --batch 1,16 --threads 1,2 --only eager,compile,mnn
+    python bench/networks.py --device cuda --json networks.json      # on a GPU: cuda_networks.py
 
 Each candidate is a process of its own, stopped while it is not its turn: engines whose threads spin would disturb each
 other. They take turns in short blocks, in rotating order. The ratio is against the fastest *dense float32* candidate of
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import peers
+from bench_options import refuse, split_device
 
 from sparseprune import timing
 
@@ -34,11 +36,18 @@ OURS = "sparseprune"
 LIMIT = 900  # seconds until a candidate must be ready
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    device, arguments = split_device(sys.argv[1:] if arguments is None else arguments)
+    if device == "cuda":
+        import cuda_networks
+
+        return cuda_networks.main(arguments, "networks.py --device cuda")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "networks", nargs="?", default=NETWORKS, help=f"names, separated by commas (default {NETWORKS})"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda: cuda_networks.py runs, which has options of "
+                        "its own (--device cuda --help)")  # fmt: skip
     parser.add_argument("--sparsity", default="0.95,0.98")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--threads", default=str(min(2, len(os.sched_getaffinity(0)))))
@@ -47,9 +56,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="of a block")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    refuse(parser, "cuda", "--dtype", "--tf32", "--compile")
+    options = parser.parse_args(arguments)
     if options.worker:
-        return work(json.loads(options.worker))
+        work(json.loads(options.worker))
+        return 0
     results = []
     for threads in map(int, options.threads.split(",")):
         for batch in map(int, options.batch.split(",")):
@@ -62,6 +73,7 @@ def main() -> None:
                         beside = options.json.with_name(options.json.name + ".part")
                         beside.write_text(json.dumps(results, indent=2) + "\n")
                         beside.replace(options.json)
+    return 0
 
 
 def candidates(only: str | None) -> list[str]:
@@ -202,4 +214,4 @@ def prepare(name: str, model: Any, args: tuple[Any, ...], threads: int) -> Calla
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,7 @@
-"""`bench/cuda_layers.py` and `csrc/cuda/resources.py`: what can be said without a device. No timing is judged here."""
+"""`bench/cuda_layers.py`, `bench/cuda_ways.py` and `csrc/cuda/resources.py`: what can be said without a device.
+
+No timing is judged here.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from sparseprune.cuda_layers import Window
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "csrc" / "cuda")]
 cuda_layers: Any = importlib.import_module("cuda_layers")
+ways_of: Any = importlib.import_module("cuda_ways")
 resources: Any = importlib.import_module("resources")
 
 
@@ -21,36 +27,43 @@ def test_cases_have_their_zeros() -> None:
     cases = cuda_layers.cases()
     assert len({case.name for case in cases}) == len(cases) and sum(case.at_least is not None for case in cases) == 12
     for case in (replace(case, weight=(64, 64, *case.weight[2:])) for case in cases):
-        weight = cuda_layers.pruned(case)
+        weight = ways_of.pruned(case)
         assert abs(float((weight == 0).float().mean()) - case.sparsity) < (0.3 if case.block[1] > 1 else 0.05)
         rows, columns = case.block
         blocks = (weight != 0).unfold(0, rows, rows).unfold(1, columns, columns)
         assert torch.equal(blocks.any(-1).any(-1), blocks.all(-1).all(-1))
 
 
-@pytest.mark.parametrize("shape, x_shape, padding", [((64, 64), (2, 64), 0), ((8, 4, 3, 3), (2, 4, 6, 6), 1)])
-def test_torch_ways_agree(shape: tuple[int, ...], x_shape: tuple[int, ...], padding: int) -> None:
-    case = cuda_layers.Case("", shape, x_shape, 0.5, padding=padding)
-    weight, x = cuda_layers.pruned(case), torch.randn(x_shape)
-    ways = cuda_layers.torch_ways(case, weight, x, False)
+@pytest.mark.parametrize(
+    "shape, x_shape, window",
+    [
+        ((64, 64), (2, 64), Window()),
+        ((8, 4, 3, 3), (2, 4, 6, 6), Window(padding=(1, 1))),
+        ((8, 1, 3, 3), (3, 4, 7, 9), Window((2, 1), (0, 1), (1, 2), 4)),
+    ],
+)
+def test_torch_ways_agree(shape: tuple[int, ...], x_shape: tuple[int, ...], window: Window) -> None:
+    case = ways_of.Case("", shape, x_shape, 0.5, window=window)
+    weight, x = ways_of.pruned(case), torch.randn(x_shape)
+    ways = ways_of.torch_ways(case, weight, x, False)
     assert {"dense", "torch.sparse CSR"} <= set(ways) or {"dense", "dense channels_last"} <= set(ways)
     for name, way in ways.items():
         if "BSR" not in name:  # on the CPU torch has no such product
             y = way().t() if "CSR" in name else way()
-            assert cuda_layers.check(case, lambda y=y: y, weight, x) < 1e-5
+            assert ways_of.check(case, lambda y=y: y, weight, x) < 1e-5
     with pytest.raises(AssertionError, match="relative error"):
-        cuda_layers.check(case, lambda: 1.1 * ways["dense"](), weight, x)
+        ways_of.check(case, lambda: 1.1 * ways["dense"](), weight, x)
 
 
 def test_summary_takes_the_best_of_each_side() -> None:
-    case = cuda_layers.Case("", (8, 8), (1, 8), 0.9, at_least=2.0, cold=True)
+    case = ways_of.Case("", (8, 8), (1, 8), 0.9, at_least=2.0, cold=True)
     times = {
         "gemv": {"warm": 1.0, "cold": 2.0},
         "spmm/1x1/1": {"warm": 2.0, "cold": 1.0},
         "dense": {"warm": 1.5, "cold": 4.0},
         "torch 2:4": {"warm": 3.0, "cold": 1.5},
     }
-    found = cuda_layers.summary(case, times, {"gemv", "spmm/1x1/1"})
+    found = ways_of.summary(case, times, {"gemv", "spmm/1x1/1"})
     assert found["warm"] == {"ours": "gemv", "other": "dense", "ratio": 1.5}
     assert found["cold"] == {"ours": "spmm/1x1/1", "other": "torch 2:4", "ratio": 1.5} and found["reached"] is False
 
