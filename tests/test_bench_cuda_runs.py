@@ -101,11 +101,11 @@ def test_a_run_of_the_table(device: pytest.MonkeyPatch, tmp_path: Path, capsys: 
     device.setattr(cuda_layers, "graph_times", lambda rounds, sample: by_name(1.0, 1.6))
     path = tmp_path / "layers.json"
     arguments = ["--device", "cuda", "--only", "table", "--shapes", "linear 512-10 |1x1 s2 64-128 32x32", "--sparsity",
-                 "0,0.9", "--patterns", "1x1,8x1", "--batch", "1,2", "--json", str(path)]  # fmt: skip
+                 "0,0.9", "--patterns", "1x1,8x1", "--batch", "1,64", "--json", str(path)]  # fmt: skip
     assert layers.main(arguments) == 0
     assert [file.name for file in tmp_path.iterdir()] == ["layers.json"]
     document = json.loads(path.read_text())
-    names = ["conv 1x1 s2 64-128 32x32", "linear 512-10", "conv 1x1 s2 64-128 32x32 n2", "linear 512-10 n2"]
+    names = ["conv 1x1 s2 64-128 32x32", "linear 512-10", "conv 1x1 s2 64-128 32x32 n64", "linear 512-10 n64"]
     assert [layer["name"] for layer in document["layers"]] == names and document["cases"] == []
     for layer in document["layers"]:
         cells = layer["cells"]
