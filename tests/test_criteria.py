@@ -215,6 +215,7 @@ def test_what_taylor_refuses() -> None:
             assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
             assert model.training
 
+    trained = network()
     with pytest.raises(ValueError, match="batches is empty"):
         run(Taylor([], progress=False))
     used_up = iter([(x, y)])
@@ -224,6 +225,8 @@ def test_what_taylor_refuses() -> None:
     for batch in (x, [x], {"x": x}):
         with pytest.raises(TypeError, match=r"batches must yield \(inputs, targets\), got"):
             run(Taylor([batch], progress=False))
+    with torch.inference_mode(), pytest.raises(ValueError, match="takes gradients"):
+        prune(trained, 0.5, criterion=Taylor([(x, y)], progress=False))
     with pytest.raises(FloatingPointError, match="loss of batch 2 is nan"):
         run(Taylor([(x, y), (x * float("nan"), y)], progress=False))
     with pytest.raises(TypeError, match=r"loss must return a scalar tensor, got shape \(6,\)"):

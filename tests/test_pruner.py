@@ -129,3 +129,25 @@ def test_bad_arguments_are_named() -> None:
         Pruner(net(), 0.5, patern="4x1")
     with pytest.raises(ValueError, match="another model"):
         finetune(net(), data(), epochs=1, pruner=Pruner(net(), 0.5), progress=False)
+
+
+@pytest.mark.parametrize("schedule", ["cubic", "linear", "iterative", "one_shot"])
+def test_a_small_layer_may_lose_everything_on_the_way(schedule: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2, bias=False), nn.Linear(2, 1))  # 0.9 of 2 weights is 2
+    pruner = Pruner(model, 0.9, schedule=schedule, steps=4, scope="local")
+    while not pruner.finished:
+        pruner.step()
+    assert [layer.kept for layer in summary(model).layers] == [3, 1, 0]
+
+
+def test_nothing_changes_before_the_criterion_is_known() -> None:
+    model = net()
+    for criterion, error in (("magnitud", ValueError), ("taylor", ValueError), (3, TypeError)):
+        with pytest.raises(error, match="criterion"):
+            Pruner(model, 0.5, criterion=criterion)
+    with pytest.raises(TypeError, match="amounts must map"):
+        Pruner(model, 0.5, amounts=[0.5])
+    assert get_mask(model[0]) is None
+    pruner = Pruner(model, 0.5)
+    with pytest.raises(ValueError, match="has no goals"):
+        pruner.load_state_dict({key: value for key, value in pruner.state_dict().items() if key != "goals"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -427,3 +428,39 @@ def test_masks_reject_what_is_not_one() -> None:
     with pytest.raises(ValueError, match=r"shape \(2,\), expected"):
         set_mask(nn.Linear(2, 2), torch.ones(2, dtype=torch.bool))
     assert isinstance(Local(), Local)
+
+
+def test_arguments_and_models_of_the_wrong_kind() -> None:
+    for options, message in (
+        ({"include": None}, "include must hold"), ({"exclude": 3}, "exclude must hold"),
+        ({"parameters": ()}, "parameters must hold"), ({"parameters": None}, "parameters must hold"),
+        ({"amounts": [0.5]}, "amounts must map"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=message):
+            prune(nn.Linear(4, 4), 0.5, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="weight is on the meta device"):
+        prune(nn.Linear(4, 4, device="meta"), 0.5)
+    with torch.inference_mode():
+        frozen = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="made under torch.inference_mode"):
+        prune(frozen, 0.5)
+    assert get_mask(frozen) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        scripted: Any = torch.jit.script(nn.Linear(4, 4))
+    with pytest.raises(TypeError, match="ScriptModule"):
+        prune(scripted, 0.5)
+
+
+def test_a_count_of_all_weights_only_where_all_are_gone() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[1].weight.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was empty before
+        prune(model, 0.5, amounts={"1": 8})
+    assert [layer.kept for layer in summary(model).layers] == [8, 0]
+    with pytest.raises(ValueError, match="would prune all of the 16 weights"):
+        prune(model, 0.5, amounts={"0": 16})
+    with pytest.raises(ValueError, match="would prune all of the 8 weights"):
+        prune(model, 0.5, amounts={"1": 9})

@@ -116,7 +116,7 @@ def prune(
             weight.set_mask(mask)
         if weight.name in updates:
             weight.write(updates[weight.name])
-    _warn_empty([name for name, mask in masks.items() if mask.numel() and not bool(mask.any())])
+    _warn_empty([n for n, mask in masks.items() if bool(states[n].by_zeros.any()) and not bool(mask.any())])
     return model
 
 
@@ -211,6 +211,8 @@ def finalize(model: _Model) -> _Model:
 
 def _checked_values(weight: PrunableWeight) -> Tensor:
     values = weight.values()
+    if values.is_inference():
+        raise ValueError(f"{weight.name} was made under torch.inference_mode(), where nothing may change it: copy it")
     if not values.is_floating_point():
         raise ValueError(f"{weight.name} must have a floating dtype to be pruned, got {values.dtype}")
     if not bool(torch.isfinite(values).all()):

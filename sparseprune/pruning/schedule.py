@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .api import DEFAULT_LAYERS, prune
+from .criteria import resolve_criterion
 from .patterns import NofM, Pattern, Slice, resolve_pattern
 from .scopes import Amount, check_amount, check_density, resolve_scope, target_count
 from .selection import PrunableWeight, find_weights
@@ -95,8 +97,8 @@ class Pruner:
             prune(self.model, self._amount, **self._options)
         elif due:
             share = (self._done() + 1) / self.steps
-            amounts = {name: goal.at(self._schedule, share) for name, goal in self._goals.items()}
-            rest = amounts.pop("", 0)
+            amounts = {name: goal.amount(self._schedule, share) for name, goal in self._goals.items()}
+            rest = amounts.pop("", 0.0)
             prune(self.model, rest, **{**self._options, "amounts": amounts})
         self._calls += 1
         return due
@@ -116,6 +118,8 @@ class Pruner:
         for key, value in mine.items():
             if state.get(key) != value:
                 raise ValueError(f"the state is of a pruner with {key}={state.get(key)!r}, this one has {value!r}")
+        if not isinstance(state.get("goals"), Mapping):
+            raise ValueError(f"the state is no pruner's: it has no goals, only {sorted(state)}")
         goals = {layer: _Goal(int(s), int(f), int(n)) for layer, (s, f, n) in state["goals"].items()}
         if {layer: (goal.final, goal.total) for layer, goal in goals.items()} != {
             layer: (goal.final, goal.total) for layer, goal in self._goals.items()
@@ -150,6 +154,10 @@ class _Goal:
         way = SCHEDULES[schedule](share) if isinstance(schedule, str) else float(schedule(share))
         return min(self.final, max(self.start, self.start + round((self.final - self.start) * way)))
 
+    def amount(self, schedule: str | Callable[[float], float], share: float) -> float:
+        """The same for `prune`: a float, whose rounding may take all of a small layer, as an int may not."""
+        return min(self.at(schedule, share) / max(self.total, 1), math.nextafter(1.0, 0.0))
+
 
 def _goals(
     model: nn.Module, amount: Amount, options: Mapping[str, Any]
@@ -163,6 +171,7 @@ def _goals(
         model, options.get("include", DEFAULT_LAYERS), options.get("exclude", ()), options.get("parameters", "weight")
     )
     pattern, scope = resolve_pattern(options.get("pattern", "1x1")), resolve_scope(options.get("scope", "global"))
+    resolve_criterion(options.get("criterion", "magnitude"))  # raises now, not in the middle of a training
     amounts, floor = options.get("amounts") or {}, check_density(options.get("min_density", 0.0))
     check_pattern_amounts(pattern, amount, amounts, scope, floor)
     followed = follow_filters(weights) if isinstance(pattern, Slice) and pattern.dim == 0 else {}
@@ -182,7 +191,7 @@ def _goal(weights: Sequence[PrunableWeight], amount: Amount, pattern: Pattern, w
     held(states, bound, amount, where)
     total = sum(state.by_mask.numel() for state in states)
     pruned = sum(int((~_kept(weight)).sum()) for weight in weights)
-    final = target_count(amount, total, where)
+    final = target_count(amount, total, where, pruned=pruned)
     return _Goal(min(pruned, final), final, total)
 
 

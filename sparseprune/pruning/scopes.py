@@ -137,11 +137,15 @@ def floor_count(size: int, min_density: float) -> int:
     return math.ceil(min_density * size - 1e-6)
 
 
-def target_count(amount: Amount, total: int, where: str) -> int:
-    """How many of `total` weights are pruned in the end: `round(amount * total)`, or `amount` itself if an int."""
+def target_count(amount: Amount, total: int, where: str, *, pruned: int = 0) -> int:
+    """How many of `total` weights are pruned in the end: `round(amount * total)`, or `amount` itself if an int.
+
+    Raises:
+        ValueError: an int that is all of them, unless all of them are `pruned` already.
+    """
     if isinstance(amount, float):
         return round(amount * total)
-    if amount >= total > 0:
+    if amount >= total > 0 and not amount == total == pruned:
         raise ValueError(f"amount={amount} would prune all of the {total} weights in {where}; it must be below that")
     return amount
 

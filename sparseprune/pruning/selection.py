@@ -77,14 +77,17 @@ def find_weights(
     and globs leave normalisation layers out: those must be named exactly, or by type.
 
     Raises:
-        TypeError: a selector is neither a module type nor a string.
-        ValueError: a name or glob matches nothing; nothing is selected at all (unless not `required`).
+        TypeError: a selector is neither a module type nor a string; `parameters` holds no names; the model is scripted.
+        ValueError: a name or glob matches nothing; nothing is selected at all (unless not `required`); a parameter
+            that has no values yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError("model is a torch.jit.ScriptModule, whose parameters cannot be masked: prune it first")
     included = _selectors(include, "include")
     excluded = _selectors(exclude, "exclude")
-    wanted = (parameters,) if isinstance(parameters, str) else tuple(parameters)
+    wanted = _parameter_names(parameters)
     unused = {selector for selector in (*included, *excluded) if isinstance(selector, str)}
     chosen: list[PrunableWeight] = []
     for weight in _all_weights(model, wanted):
@@ -109,11 +112,19 @@ def matches_name(pattern: str, weight: PrunableWeight) -> bool:
 
 
 def _selectors(value: Iterable[Selector] | Selector, argument: str) -> tuple[Selector, ...]:
-    items: Sequence[object] = (value,) if isinstance(value, (str, type)) else tuple(value)
+    items: Sequence[object]
+    items = (value,) if isinstance(value, (str, type)) or not isinstance(value, Iterable) else tuple(value)
     for item in items:
         if not isinstance(item, str) and not (isinstance(item, type) and issubclass(item, nn.Module)):
             raise TypeError(f"{argument} must hold layer types, names or globs, got {item!r}")
     return tuple(items)  # type: ignore[arg-type]  # checked above
+
+
+def _parameter_names(parameters: object) -> tuple[str, ...]:
+    names = (parameters,) if isinstance(parameters, str) or not isinstance(parameters, Iterable) else tuple(parameters)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"parameters must hold names, such as ('weight', 'bias'), got {parameters!r}")
+    return names
 
 
 def _matches(selector: Selector, weight: PrunableWeight, *, strict: bool) -> bool:
@@ -157,6 +168,8 @@ def _check_usable(weight: PrunableWeight) -> None:
     for module, parameter in weight.sites:
         if isinstance(getattr(module, parameter), UninitializedParameter):
             raise ValueError(f"{weight.name} is not initialised yet: run the model once before pruning it")
+        if getattr(module, parameter).is_meta:
+            raise ValueError(f"{weight.name} is on the meta device, where it has no values: load the model first")
         if stored_parameter(module, parameter) is None:
             raise ValueError(
                 f"{weight.name} of {type(module).__name__} is computed by a hook, not a Parameter; use "

@@ -39,9 +39,12 @@ def check_pattern_amounts(
     """N:M patterns fix the sparsity themselves: whatever else is asked for contradicts them.
 
     Raises:
+        TypeError: `amounts` is no mapping, whatever the pattern is.
         ValueError: an amount is not `1 - N / M`, `min_density` is above `N / M`, or `scope` gives layers different
             sparsities.
     """
+    if not isinstance(amounts, Mapping):
+        raise TypeError(f"amounts must map layer names or globs to amounts, got {type(amounts).__name__}")
     if not isinstance(pattern, NofM):
         return
     text = f'pattern "{pattern.n}:{pattern.m}"'
@@ -118,9 +121,9 @@ def held(
     if patterns and isinstance(patterns[0], NofM):  # at most N of M: a sparser layer is no contradiction
         return [state.by_zeros for state in states], 0
     total = sum(state.by_mask.numel() for state in states)
-    target = target_count(amount, total, where)
     masked = total - sum(int(state.by_mask.sum()) for state in states)
     pruned = total - sum(int(state.by_zeros.sum()) for state in states)
+    target = target_count(amount, total, where, pruned=pruned)
     # With units the count reached last time is the nearest one, not the target: less than a unit is not "below".
     pairs = ((torch.ones(s.by_mask.shape), p) for s, p in zip(states, patterns, strict=True) if s.by_mask.numel())
     slack = max((int(pattern.reduce(ones).max()) for ones, pattern in pairs), default=1)

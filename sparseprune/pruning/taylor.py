@@ -47,7 +47,8 @@ class Taylor(Criterion):
     Raises:
         TypeError: `batches` is no iterable; from `prune`: a batch is no tuple of inputs and targets, or the loss no
             scalar tensor.
-        ValueError: from `prune`: no batch at all, or a parameter that the loss does not depend on.
+        ValueError: from `prune`: no batch at all, or a parameter that the loss does not depend on; under
+            `torch.inference_mode()`.
         FloatingPointError: from `prune`: the loss is NaN or infinite; the message names the batch.
 
     Example:
@@ -69,6 +70,8 @@ class Taylor(Criterion):
         self, model: nn.Module, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor],
         patterns: Mapping[str, Pattern], generator: torch.Generator | None,
     ) -> Mapping[str, Tensor]:  # fmt: skip
+        if torch.is_inference_mode_enabled():
+            raise ValueError("Taylor takes gradients, which torch.inference_mode() forbids: call prune outside of it")
         units = self._run(model, weights, patterns)
         layers = {name for name, pattern in patterns.items() if self.normalize and isinstance(pattern, Slice)}
         return {name: F.normalize(score, dim=0) if name in layers else score for name, score in units.items()}
