@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ClassReport", "Evaluation", "Loss", "Meter", "casting", "evaluate", "length", "mode", "place_of", "unpack"]
+__all__ = [
+    "ClassReport", "Evaluation", "Loss", "Meter", "casting", "check_loader", "check_loss", "evaluate",
+    "evaluate_loader", "length", "mode", "place_of", "scalar", "unpack",
+]  # fmt: skip
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -75,22 +78,31 @@ def evaluate(
 
     Raises:
         ValueError: the loader yields nothing.
-        TypeError: a batch is not a tuple of inputs and targets.
+        TypeError: `loader` is no iterable, a batch is not a tuple of inputs and targets, or the loss is no scalar.
 
     Example:
         >>> print(evaluate(model, test_loader))
     """
-    place = place_of(model, device)
+    check_loader(loader, "loader")
+    check_loss(loss)
+    return evaluate_loader(model, loader, "loader", loss, place_of(model, device), autocast)
+
+
+def evaluate_loader(
+    model: nn.Module, loader: Iterable[Any], argument: str, loss: Loss | None, place: torch.device | None,
+    autocast: torch.dtype | None,
+) -> Evaluation:  # fmt: skip
+    """`evaluate` on the device where the model is; `argument` names the loader in errors."""
     meter = Meter(per_class=True)
     with mode(model, training=False), torch.no_grad():
         for batch in loader:
-            inputs, targets = unpack(batch, place, "loader")
+            inputs, targets = unpack(batch, place, argument)
             with casting(place, autocast):
                 outputs = model(*inputs)
                 value = (loss or F.cross_entropy)(outputs, targets)
-            meter.add(outputs, targets, float(value))
+            meter.add(outputs, targets, scalar(value))
     if not meter.examples:
-        raise ValueError("loader is empty: it yielded no batch")
+        raise ValueError(f"{argument} is empty: it yielded no batch (or was used up: a generator gives its once)")
     return meter.result()
 
 
@@ -149,6 +161,28 @@ class Meter:
 
 
 # --- what `evaluate` and `finetune` share ----------------------------------------------------------------------------
+
+
+def check_loader(loader: Any, argument: str) -> None:
+    """Raises TypeError unless `loader` can be iterated over."""
+    if isinstance(loader, Tensor) or not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
+        raise TypeError(f"{argument} must yield batches of (inputs, targets), got {type(loader).__name__}")
+
+
+def check_loss(loss: Any) -> None:
+    """Raises TypeError unless `loss` is None or a function; a class (`nn.MSELoss` without brackets) is none."""
+    if loss is not None and (isinstance(loss, type) or not callable(loss)):
+        raise TypeError(f"loss must be a function of (outputs, targets), such as nn.CrossEntropyLoss(), got {loss!r}")
+
+
+def scalar(loss: Any) -> float:
+    """What a loss function returned, as a number. Raises TypeError where it is not one."""
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return float(loss.detach())
+    if isinstance(loss, (int, float)):
+        return float(loss)
+    got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise TypeError(f"loss must return a scalar tensor, got {got}")
 
 
 def unpack(batch: Any, place: torch.device | None, argument: str) -> tuple[list[Any], Any]:

@@ -23,7 +23,20 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 from . import distributed, resuming
 from .distillation import Distillation
 from .errors import SparsepruneError
-from .evaluation import Evaluation, Loss, Meter, casting, evaluate, length, mode, place_of, unpack
+from .evaluation import (
+    Evaluation,
+    Loss,
+    Meter,
+    casting,
+    check_loader,
+    check_loss,
+    evaluate_loader,
+    length,
+    mode,
+    place_of,
+    scalar,
+    unpack,
+)
 from .pruning.masks import effective_weight, get_mask, iter_masked
 from .pruning.schedule import Pruner
 from .pruning.statistics import summary
@@ -92,16 +105,17 @@ def finetune(
 
     Raises:
         ValueError: an empty loader; `epochs` below 1; an optimizer of some other model; a `checkpoint_dir` of another
-            training.
-        TypeError: a batch is not a tuple of inputs and targets.
-        FloatingPointError: the loss is NaN or infinite; the message names epoch and step. That step is not applied.
+            training; a scheduler of another optimizer; a loss without a gradient.
+        TypeError: a batch is not a tuple of inputs and targets; or an argument or the loss is of the wrong kind.
+        FloatingPointError: the loss is NaN or infinite; the message names epoch and step. That step is not applied, but
+            batch norms have seen its inputs.
         SparsepruneError: a pruned weight is not zero, or a mask changed, at the end.
 
     Example:
         >>> prune(model, 0.95)
         >>> history = finetune(model, train_loader, epochs=5, val_loader=val_loader)
     """
-    _check(epochs, train_loader, val_loader, pruner, distributed.unwrap(model))
+    _check(epochs, train_loader, val_loader, loss, regularizer, pruner, distributed.unwrap(model))
     place = place_of(model, device)
     distributed.start(place)
     inner = distributed.unwrap(model)
@@ -181,10 +195,12 @@ class _Run:
         self.history.train_accuracy.append(trained.accuracy)
         checked = None
         if self.val_loader is not None:
-            checked = evaluate(self.model, self.val_loader, loss=self.objective.loss, autocast=self.autocast)
+            checked = evaluate_loader(
+                self.model, self.val_loader, "val_loader", self.objective.loss, self.place, self.autocast
+            )
             self.history.val_loss.append(checked.loss)
             self.history.val_accuracy.append(checked.accuracy)
-            self.best.offer(self.model, checked, self.epoch, sparsity)
+            self.best.offer(self.model, checked, self.epoch, _masked_share(self.model, self.masks))
         self.steps.end_epoch(checked or trained)
         self.history.seconds.append(time.perf_counter() - start)
         self.epoch += 1
@@ -204,8 +220,9 @@ class _Run:
                 with casting(self.place, self.autocast):
                     outputs = self.called(*inputs)
                     value = self.objective(self.model, outputs, inputs, targets)
-                number = distributed.total([float(value.detach())], self.place)[0] / distributed.world_size()
+                number = distributed.total([scalar(value)], self.place)[0] / distributed.world_size()
                 self._check_finite(number, step)
+                _check_gradient(value)
                 self.steps.optimizer.zero_grad(set_to_none=True)
                 value.backward()  # type: ignore[no-untyped-call]
                 self.steps.optimizer.step()
@@ -268,13 +285,13 @@ class _Run:
                     f"checkpoint_dir: {path} is of a training with {key}={had!r}, not {value!r}; "
                     "use another folder, or remove it to start again"
                 )
+        if self.pruner is not None:
+            self.pruner.load_state_dict(state["pruner"])  # first: it raises, and changes nothing, if it is of another
         resuming.restore_model(self.model, state["model"], [(layer, name) for layer, name in state["masked"]])
         self.steps.load_state_dict(state["steps"])
         self.best.load_state_dict(state["best"])
         self.history = History(**state["history"])
         self.epoch = state["epoch"]
-        if self.pruner is not None:
-            self.pruner.load_state_dict(state["pruner"])
         resuming.restore_rng(state["rng"])
         if state["generator"] is not None:
             self.loader.generator.set_state(state["generator"])  # type: ignore[attr-defined]
@@ -297,7 +314,7 @@ class _Steps:
             if not trainable:
                 raise ValueError("model has no parameter that requires a gradient: nothing to finetune")
             optimizer = torch.optim.SGD(trainable, lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
-        elif not isinstance(optimizer, Optimizer):
+        elif not isinstance(optimizer, Optimizer) and callable(optimizer):
             optimizer = optimizer(model.parameters())
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch Optimizer or make one, got {type(optimizer).__name__}")
@@ -311,7 +328,14 @@ class _Steps:
             self._per_batch = batches is not None
         elif scheduler is not None:
             if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
+                if not callable(scheduler):
+                    raise TypeError(f"scheduler must be a torch scheduler or make one, got {scheduler!r}")
                 scheduler = scheduler(optimizer)
+            if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+                raise ValueError(
+                    "scheduler is of another optimizer: pass that one as optimizer, or a function from optimizer to "
+                    "scheduler"
+                )
             self._per_batch = isinstance(scheduler, (OneCycleLR, CyclicLR))
         self._scheduler = scheduler
 
@@ -358,16 +382,16 @@ def _warm_cosine(optimizer: Optimizer, total: int) -> LambdaLR:
 
 
 class _Best:
-    """The weights of the best epoch so far, among those of the highest sparsity."""
+    """The weights of the best epoch so far, among those of the highest sparsity by masks."""
 
     def __init__(self) -> None:
         self.epoch: int | None = None
         self._key = (-math.inf, -math.inf, -math.inf)
         self._state: dict[str, Any] = {}
 
-    def offer(self, model: nn.Module, seen: Evaluation, epoch: int, sparsity: float) -> None:
+    def offer(self, model: nn.Module, seen: Evaluation, epoch: int, masked: float) -> None:
         accuracy = 0.0 if math.isnan(seen.accuracy) else seen.accuracy
-        key = (sparsity, accuracy, -math.inf if math.isnan(seen.loss) else -seen.loss)
+        key = (masked, accuracy, -math.inf if math.isnan(seen.loss) else -seen.loss)
         if self.epoch is None or key > self._key:
             self.epoch, self._key = epoch, key
             state = model.state_dict()
@@ -384,12 +408,22 @@ class _Best:
         self.epoch, self._key, self._state = state["epoch"], tuple(state["key"]), state["state"]
 
 
-def _check(epochs: int, train_loader: Any, val_loader: Any, pruner: Pruner | None, model: nn.Module) -> None:
+def _check(
+    epochs: int, train_loader: Any, val_loader: Any, loss: Any, regularizer: Any, pruner: Pruner | None,
+    model: nn.Module,
+) -> None:  # fmt: skip
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs must be an int of at least 1, got {epochs!r}")
-    for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
+    loaders = {"train_loader": train_loader} | ({} if val_loader is None else {"val_loader": val_loader})
+    for name, loader in loaders.items():
+        check_loader(loader, name)
         if length(loader) == 0:
             raise ValueError(f"{name} is empty: len({name}) is 0")
+    check_loss(loss)
+    if regularizer is not None and (isinstance(regularizer, type) or not callable(regularizer)):
+        raise TypeError(f"regularizer must be a function of the model, such as L1(1e-5), got {regularizer!r}")
+    if pruner is not None and not isinstance(pruner, Pruner):
+        raise TypeError(f"pruner must be a Pruner, got {type(pruner).__name__}")
     if pruner is not None and distributed.unwrap(pruner.model) is not model:
         raise ValueError("pruner is of another model: make it from the one that is trained")
 
@@ -415,6 +449,21 @@ def _bar(loader: Iterable[Any], label: str, progress: bool) -> Any:
 def _snapshot_masks(model: nn.Module) -> dict[tuple[str, str], Tensor]:
     found = {(layer, name): get_mask(module, name) for layer, module, name in iter_masked(model)}
     return {key: mask for key, mask in found.items() if mask is not None}
+
+
+def _masked_share(model: nn.Module, masks: Mapping[Any, Tensor]) -> float:
+    """Of the weights that `summary` counts, those that a mask prunes: not what is zero by itself, which may change."""
+    total = summary(model).total
+    pruned = sum(int((~mask).sum()) for mask in masks.values())
+    return 1 - (total - pruned) / total if total else 0.0
+
+
+def _check_gradient(value: Any) -> None:
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        raise ValueError(
+            "loss has no gradient: it does not depend on the model's parameters, was detached, or finetune was called "
+            "under torch.no_grad() or torch.inference_mode()"
+        )
 
 
 def _check_masks(model: nn.Module, masks: dict[tuple[str, str], Tensor]) -> None:

@@ -119,6 +119,15 @@ def test_another_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not fit the model"):
         other = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
         finetune(other, data(), epochs=1, checkpoint_dir=tmp_path, progress=False)
+    folder = tmp_path / "pruned"
+    first = net()
+    finetune(first, data(), epochs=2, pruner=Pruner(first, 0.8, steps=2), checkpoint_dir=folder, progress=False)
+    model = net()
+    pruner = Pruner(model, 0.9, steps=2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="other amounts"):
+        finetune(model, data(), epochs=2, pruner=pruner, checkpoint_dir=folder, progress=False)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     for content in (b"", b"not a checkpoint", (tmp_path / LAST).read_bytes()[:200]):
         (tmp_path / LAST).write_bytes(content)
         with pytest.raises(ValueError, match="remove it to start again"):

@@ -17,6 +17,7 @@ from sparseprune import pruning
 from sparseprune.errors import SparsepruneError
 from sparseprune.evaluation import Evaluation, evaluate
 from sparseprune.pruning import finalize, hold_zeros, prune, summary
+from sparseprune.regularizers import L1
 from sparseprune.training import finetune
 
 get_mask: Any = pruning.get_mask
@@ -208,3 +209,72 @@ def test_the_bar_shows_loss_accuracy_and_sparsity(capfd: pytest.CaptureFixture[s
     finetune(prune(network(), 0.5), data(), epochs=2)
     shown = capfd.readouterr().err
     assert "epoch 2/2" in shown and all(word in shown for word in ("loss=", "acc=", "sparsity=0.5"))
+
+
+def test_a_loader_that_is_none_or_spent_is_named() -> None:
+    with pytest.raises(TypeError, match="train_loader must yield .* got NoneType"):
+        finetune(network(), None, epochs=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="^loader must yield .* got NoneType"):
+        evaluate(network(), None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="val_loader is empty"):
+        finetune(network(), data(), epochs=2, val_loader=(batch for batch in data()), progress=False)
+
+
+def test_losses_of_the_wrong_kind() -> None:
+    model = network()
+    before = model[5].weight.detach().clone()
+    each: Any = nn.CrossEntropyLoss(reduction="none")
+    for call in (
+        lambda: finetune(model, data(), epochs=1, loss=each, progress=False),
+        lambda: evaluate(model, data(), loss=each),
+    ):
+        with pytest.raises(TypeError, match=r"loss must return a scalar tensor, got a tensor of shape \(32,\)"):
+            call()
+    for wrong in (nn.CrossEntropyLoss, "mse"):  # the class instead of an instance
+        with pytest.raises(TypeError, match="loss must be a function"):
+            finetune(model, data(), epochs=1, loss=wrong, progress=False)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="loss must be a function"):
+            evaluate(model, data(), loss=wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got NoneType"):
+        finetune(model, data(), epochs=1, loss=lambda outputs, targets: None, progress=False)  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError, match="loss has no gradient"), torch.no_grad():
+        finetune(model, data(), epochs=1, progress=False)
+    assert torch.equal(model[5].weight, before)
+
+
+def test_arguments_of_the_wrong_kind_come_before_any_training() -> None:
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    stray = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), 0.1), 1)
+    for options, error, message in (
+        ({"optimizer": "adam"}, TypeError, "optimizer must be"), ({"scheduler": "cosine"}, TypeError, "scheduler must"),
+        ({"scheduler": stray}, ValueError, "scheduler is of another optimizer"),
+        ({"regularizer": "l1"}, TypeError, "regularizer must be"), ({"regularizer": L1}, TypeError, "regularizer must"),
+        ({"pruner": 0.9}, TypeError, "pruner must be a Pruner"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            finetune(model, data(), epochs=1, progress=False, **options)  # type: ignore[arg-type]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_zeros_of_no_mask_do_not_choose_the_best_epoch() -> None:
+    model: Any = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+    with torch.no_grad():
+        model[1].weight.zero_()[:, 0] = 1  # they wake up little by little: the first epoch has the most zeros
+
+    class Waking:
+        epoch = 0
+
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            self.epoch += 1
+            for x, y in data():
+                x = x.clone()
+                x.view(len(x), -1)[:, 6 * self.epoch :] = 0
+                yield x, y
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of zeros without a mask
+        history = finetune(model, Waking(), epochs=4, val_loader=data(seed=1), progress=False)
+    assert history.sparsity == sorted(history.sparsity, reverse=True) and history.sparsity[0] > history.sparsity[-1]
+    assert history.best_epoch is not None and max(history.val_accuracy) > history.val_accuracy[0]
+    assert history.val_accuracy[history.best_epoch] == max(history.val_accuracy)
