@@ -20,7 +20,7 @@ from .choices import Choices
 from .dense import plain_copy
 from .errors import SparsepruneWarning
 from .evaluation import Loss
-from .latency import SPARSITIES, LatencyTable, check_sparsities, input_shapes, progress_bar
+from .latency import SPARSITIES, LatencyTable, check_pattern, check_sparsities, input_shapes, progress_bar
 from .pruning import Criterion, Pattern, prune
 from .pruning.criteria import ScoreFunction
 from .pruning.selection import Selector, find_weights
@@ -56,7 +56,7 @@ def autoprune(
         latency_ms: The target, at the machine's pace when the table was measured. Exactly one of this and `speedup`.
         speedup: The target as how many times faster than dense torch (eager or channels_last, whichever is faster, with
             as many threads), as measured with the latency table.
-        criterion, pattern: What ranks within a layer and what shape goes, as in `prune`.
+        criterion, pattern: What ranks within a layer and what shape goes, as in `prune`; N:M leaves no choice.
         errors: What a layer's sparsity costs. "magnitude": the squared weights that go, of all of the layer's.
             "output": the squared change of the layer's output on `batches`, of all of it. "search": SPDY's, a
             quadratic in the logarithm of the density times a coefficient for each layer; coefficients are searched
@@ -95,6 +95,7 @@ def autoprune(
     Frantar, Alistarh, SPDY: Accurate Pruning with Speedup Guarantees, 2022 (arXiv 2201.13096).
     """
     _check(latency_ms, speedup, tolerance, rounds, trials)
+    check_pattern(pattern)
     held = None if batches is None else list(batches)
     method = _error_method(errors, held)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)

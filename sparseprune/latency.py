@@ -21,10 +21,12 @@ from .errors import FormatError
 from .module import write_beside
 from .profiling import Profile, Yardstick, profile_models
 from .pruning import Pattern, prune
+from .pruning.patterns import NofM, resolve_pattern
 from .pruning.selection import PrunableWeight, Selector, find_weights
 
 __all__ = [
-    "SPARSITIES", "LatencyTable", "LayerLatency", "check_sparsities", "input_shapes", "progress_bar", "pruned_count",
+    "SPARSITIES", "LatencyTable", "LayerLatency", "check_pattern", "check_sparsities", "input_shapes", "progress_bar",
+    "pruned_count",
 ]  # fmt: skip
 
 SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
@@ -130,6 +132,7 @@ class LatencyTable:
             UnsupportedError: The model cannot be converted, or only single layers of it.
         """
         grid = check_sparsities(sparsities)
+        check_pattern(pattern)
         weights = find_weights(model, include, exclude)
         args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         threads = _native.num_threads() if threads is None else threads
@@ -251,6 +254,15 @@ def check_sparsities(sparsities: Sequence[float]) -> tuple[float, ...]:
     if not grid or not all(0 <= s < 1 for s in grid) or any(b <= a for a, b in zip(grid, grid[1:], strict=False)):
         raise ValueError(f"sparsities must ascend within [0, 1), got {list(sparsities)}")
     return grid
+
+
+def check_pattern(pattern: str | Pattern) -> None:
+    """Raises `ValueError` for N:M, of which there is one sparsity only."""
+    if isinstance(resolved := resolve_pattern(pattern), NofM):
+        raise ValueError(
+            f'pattern "{resolved.n}:{resolved.m}" has one sparsity only, {resolved.sparsity:g}: there is no choice to '
+            "make between several"
+        )
 
 
 def input_shapes(args: tuple[Any, ...]) -> Shapes:

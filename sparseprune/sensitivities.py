@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .dense import plain_copy
-from .latency import SPARSITIES, LatencyTable, check_sparsities, progress_bar, pruned_count
+from .latency import SPARSITIES, LatencyTable, check_pattern, check_sparsities, progress_bar, pruned_count
 from .module import write_beside
 from .pruning import Criterion, Pattern, prune
 from .pruning.criteria import ScoreFunction
@@ -145,7 +145,7 @@ def sensitivity(
         layers: Layer types, names or globs, as `prune`'s `include`; None is every Conv2d and Linear.
         example_inputs: As for `convert`; to measure a latency table.
         table: A `LatencyTable` measured before, instead.
-        criterion, pattern, seed: As in `prune`.
+        criterion, pattern, seed: As in `prune`; N:M has one sparsity only and will not do.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -161,13 +161,16 @@ def sensitivity(
     Li et al., Pruning Filters for Efficient ConvNets, 2016 (arXiv 1608.08710), section 3.2, for whole filters.
     """
     grid = check_sparsities(sparsities)
+    check_pattern(pattern)
+    if not callable(evaluate):
+        raise TypeError(f"evaluate must be a function from a model to a float, got {type(evaluate).__name__}")
     include: Iterable[Selector] | Selector = (nn.Conv2d, nn.Linear) if layers is None else layers
     weights = find_weights(model, include)
+    base = _number(evaluate(plain_copy(model)))  # first, as it may fail and measuring takes a while
     if table is None and example_inputs is not None:
         table = LatencyTable.measure(
             model, example_inputs, sparsities=grid, pattern=pattern, include=include, progress=progress
         )
-    base = _number(evaluate(plain_copy(model)))
     found = []
     with progress_bar(len(weights) * len(grid), "sensitivity", progress) as bar:
         for weight in weights:

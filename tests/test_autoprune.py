@@ -619,3 +619,28 @@ def test_sensitivity_wants_a_number() -> None:
         sparseprune.sensitivity(network(), lambda m: "good", progress=False)  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match="include='nothing'"):
         sparseprune.sensitivity(network(), lambda m: 1.0, layers="nothing", progress=False)
+
+
+def test_n_of_m_leaves_no_choice_and_evaluate_comes_first() -> None:
+    for call in (
+        lambda: sparseprune.sensitivity(network(), lambda m: 1.0, pattern="2:4", progress=False),
+        lambda: LatencyTable.measure(network(), X, pattern="2:4", progress=False),
+        lambda: sparseprune.autoprune(network(), X, speedup=2.0, pattern="2:4", progress=False),
+    ):
+        with pytest.raises(ValueError, match='pattern "2:4" has one sparsity only, 0.5'):
+            call()
+    with pytest.raises(TypeError, match="evaluate must be a function"):
+        sparseprune.sensitivity(network(), 0.9, progress=False)  # type: ignore[arg-type]
+
+
+def test_a_layer_of_zeros() -> None:
+    model = network()
+    with torch.no_grad():
+        model.get_submodule("3").weight.zero_()  # type: ignore[operator, union-attr]
+    found = sparseprune.sensitivity(model, lambda m: float(sum(zeros(m).values())), sparsities=(0.0, 0.5),
+                                    table=fake_table(), progress=False)  # fmt: skip
+    assert found.layers[1].values == (1152.0, 1152.0)
+    result = run(model, latency_ms=2.5)
+    assert result.sparsities["3"] == 1.0 and zeros(model)["3"] == 1152
+    table = LatencyTable.measure(model, X, sparsities=(0.0,), threads=1, include="3", progress=False)
+    assert len(table.whole_ms) == 1
