@@ -21,19 +21,21 @@ class Regularizer(ABC):
     """A penalty that is added to the loss. Subclass it for another one, or pass `finetune` any function of the model.
 
     Args:
-        strength: factor of the penalty, positive.
+        strength: factor of the penalty, positive; None is the class's `default_strength`, a beginning to tune from.
         include, exclude: which layers, as in `sparseprune.prune`.
 
     Raises:
         ValueError: `strength` is not positive and finite.
     """
 
+    default_strength = 1e-4
     _layers: tuple[type[nn.Module], ...] = _LAYERS
 
     def __init__(
-        self, strength: float, *, include: tuple[Selector, ...] | Selector | None = None,
+        self, strength: float | None = None, *, include: tuple[Selector, ...] | Selector | None = None,
         exclude: tuple[Selector, ...] | Selector = (),
     ) -> None:  # fmt: skip
+        strength = self.default_strength if strength is None else strength
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength < float("inf"):
             raise ValueError(f"strength must be a positive number, got {strength!r}")
         self.strength = float(strength)
@@ -70,6 +72,8 @@ class L1(Regularizer):
     Example:
         >>> finetune(model, loader, epochs=3, regularizer=L1(1e-5))
     """
+
+    default_strength = 1e-5
 
     def penalty(self, weight: Tensor) -> Tensor:
         return weight.abs().sum()
@@ -116,7 +120,7 @@ class GroupLasso(Regularizer):
     """
 
     def __init__(
-        self, strength: float, *, dim: int = 0, include: tuple[Selector, ...] | Selector | None = None,
+        self, strength: float | None = None, *, dim: int = 0, include: tuple[Selector, ...] | Selector | None = None,
         exclude: tuple[Selector, ...] | Selector = (),
     ) -> None:  # fmt: skip
         super().__init__(strength, include=include, exclude=exclude)

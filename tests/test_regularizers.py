@@ -66,6 +66,12 @@ def test_masked_weights_stay_zero_under_a_penalty() -> None:
     assert summary(model).sparsity == 0.5
 
 
+def test_strengths_to_begin_with() -> None:
+    assert [repr(kind()) for kind in (L1, L2, BNScaleL1, GroupLasso)] == [
+        "L1(1e-05)", "L2(0.0001)", "BNScaleL1(0.0001)", "GroupLasso(0.0001)"
+    ]  # fmt: skip
+
+
 def test_bad_penalties_are_named() -> None:
     for bad in (0, -1, math.nan, math.inf, True, "much"):
         with pytest.raises(ValueError, match="strength must be a positive number"):
