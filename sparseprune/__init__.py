@@ -47,7 +47,7 @@ _HOMES = {
 }
 _MODULES = ("errors", "graph", "nn", "ops", "pruning", "regularizers", "runtime", "testing", "training", "zoo")
 
-__all__ = ["__version__", *_HOMES, *_MODULES]
+__all__ = ["__version__", *_HOMES, *(name for name in _MODULES if name != "nn")]  # a star would hide torch's nn
 
 
 def __getattr__(name: str) -> Any:
@@ -62,4 +62,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "nn"])

@@ -56,6 +56,9 @@ def need_file(path: Path | None, option: str) -> None:
 
 
 def need_folder(path: Path | None, option: str) -> None:
+    """Whether a file can be written there, before anything is computed for it."""
+    if path is not None and path.is_dir():
+        raise UsageError(f"{option}: {path} is a folder, not a file")
     if path is not None and not path.parent.is_dir():
         raise UsageError(f"{option}: {path.parent} is not a folder")
 

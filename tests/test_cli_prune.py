@@ -106,6 +106,7 @@ def test_inspect_a_model(net: nn.Sequential, capsys: pytest.CaptureFixture[str])
         ("prune prune_models:net -o out", "--amount"),
         ("prune prune_models:net --amount 0.5", "-o/--output"),
         ("prune prune_models:net --amount 0.5 -o none/out", "--output: none is not a folder"),
+        ("prune prune_models:net --amount 0.5 -o .", "--output: . is a folder, not a file"),
         ("prune prune_models:net --amount 0.5 --weights none.pt -o out", "--weights: none.pt is not a file"),
         ("prune prune_models:net --amount 0.5 --pattern 4by1 -o out", "pattern must be"),
         ("prune prune_models:net --amount 0.5 --exclude fc9 -o out", "exclude='fc9' matches no layer"),

@@ -115,7 +115,8 @@ def test_importing_is_lazy() -> None:
 
 
 def test_every_public_name_is_there() -> None:
-    for name in sparseprune.__all__:  # type: ignore[attr-defined]  # the stub says them one by one
+    assert "nn" not in sparseprune.__all__  # type: ignore[attr-defined]  # a star must not hide torch's
+    for name in [*sparseprune.__all__, "nn"]:  # type: ignore[attr-defined]  # the stub says them one by one
         assert getattr(sparseprune, name) is not None and name in dir(sparseprune)
     with pytest.raises(AttributeError, match="module 'sparseprune' has no attribute 'nothing'"):
         _ = sparseprune.nothing  # type: ignore[attr-defined]
