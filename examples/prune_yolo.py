@@ -45,8 +45,8 @@ class Plan:
     width: int = 16  # of the first convolution; YOLOv4-tiny has 32
     size: int = 96  # pixels a side
     train_canvases: int = 8_000
-    epochs: int = 8  # and two more, plain or sparse
-    finetune_canvases: int = 4_000
+    epochs: int = 5  # and one more, plain or sparse
+    finetune_canvases: int = 2_000
     test_canvases: int = 1_000
     picture: int = 0  # the test canvas whose objects' confidences are shown
     filters: tuple[float, ...] = FILTERS
@@ -122,7 +122,7 @@ def fit(task: Task, model: nn.Module, name: str, canvases: int, epochs: int, rat
     """In bfloat16: half as long again would float32 take."""
     data = task.canvases("train", canvases)
     folder = task.output / name
-    train(model, task.coder, data, epochs=epochs, rate=rate, folder=folder, autocast=torch.bfloat16, **options)
+    train(model, task.coder.loss, data, epochs=epochs, rate=rate, folder=folder, autocast=torch.bfloat16, **options)
 
 
 def base(task: Task) -> dict[str, Any]:
@@ -134,11 +134,11 @@ def base(task: Task) -> dict[str, Any]:
 
 
 def longer(task: Task, name: str) -> dict[str, Any]:
-    """Two more epochs: "dense" as before, "sparse" with group lasso on the filters."""
+    """One more epoch: "dense" as before, "sparse" with group lasso on the filters."""
     model, plan = network(task.plan), task.plan
     sparseprune.load_weights(model, task.weights("base"))
     penalty = GroupLasso(1e-4, include=filters_of(model)) if name == "sparse" else None
-    fit(task, model, name, plan.train_canvases, min(2, plan.epochs), 1e-3, regularizer=penalty)
+    fit(task, model, name, plan.train_canvases, 1, 1e-3, regularizer=penalty)
     sparseprune.save_weights(model, task.weights(name))
     return {"finetuned": figures(task, model)}
 

@@ -10,14 +10,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import sparseprune
 from sparseprune.timing import take_turns
 
 from .boxes import Detections
-from .canvases import Canvases
 from .score import mean_average_precision
 
 __all__ = ["Coder", "Results", "milliseconds", "score", "train"]
@@ -55,7 +54,7 @@ class Results:
 
 
 def train(
-    model: nn.Module, coder: Coder, data: Canvases, *, epochs: int, rate: float, folder: Path,
+    model: nn.Module, loss: Callable[[Any, Any], Tensor], data: Dataset[Any], *, epochs: int, rate: float, folder: Path,
     regularizer: Callable[[nn.Module], Tensor] | None = None, autocast: torch.dtype | None = None, batch: int = 16,
 ) -> None:  # fmt: skip
     """AdamW with one cycle of the learning rate (Smith 2018, arXiv:1803.09820); masks are held.
@@ -67,7 +66,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * len(loader), pct_start=0.2)
     sparseprune.finetune(
-        model, loader, epochs=epochs, loss=coder.loss, optimizer=optimizer, scheduler=cycle, regularizer=regularizer,
+        model, loader, epochs=epochs, loss=loss, optimizer=optimizer, scheduler=cycle, regularizer=regularizer,
         checkpoint_dir=folder, autocast=autocast,
     )  # fmt: skip
 
