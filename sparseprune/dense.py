@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.utils._pytree import tree_map
 
-__all__ = ["BASELINES", "MORE_BASELINES", "baseline", "plain_copy"]
+__all__ = ["BASELINES", "MORE_BASELINES", "baseline", "plain_args", "plain_copy"]
 
 BASELINES = ("eager", "channels_last", "compile", "compile_channels_last")
 MORE_BASELINES = ("compile_max_autotune",)  # minutes to prepare
@@ -32,6 +33,13 @@ def baseline(name: str, dense: nn.Module, args: tuple[Tensor, ...]) -> Callable[
         for _ in range(2):  # the first call compiles
             compiled(*args)
     return lambda: compiled(*args)
+
+
+def plain_args(example_inputs: Any) -> tuple[Any, ...]:
+    """A tuple of the arguments, none of them made under `torch.inference_mode()`: gradients can be followed."""
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    copied: tuple[Any, ...] = tree_map(lambda a: a.clone() if isinstance(a, Tensor) and a.is_inference() else a, args)
+    return copied
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

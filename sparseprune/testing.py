@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .dense import plain_copy
+from .dense import plain_args, plain_copy
 from .errors import UnsupportedError
 from .pruning.coupling import Coupling, couple
 from .pruning.removal_plan import Planner, flags_of
@@ -72,6 +73,7 @@ class PrunableReport:
         return "\n".join([*lines, *([f"nothing can be removed: {self.failure}"] if self.failure else [])])
 
 
+@torch.inference_mode(False)  # gradients are followed, also where the caller switched them off
 def check_prunable(model: nn.Module, example_inputs: Any) -> PrunableReport:
     """Say, before any pruning, which filters `compact` could remove, and what is in the way of the others.
 
@@ -95,7 +97,7 @@ def check_prunable(model: nn.Module, example_inputs: Any) -> PrunableReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    args = plain_args(example_inputs)
     whole = plain_copy(model)
     names = [n for n, m in whole.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
     try:

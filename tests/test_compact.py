@@ -146,6 +146,17 @@ def test_twenty_percent_of_the_filters_take_the_columns_of_the_linear_layer_alon
     assert report.to_dict()["layers"][0] == {"name": "0", "before": [64, 3, 3, 3], "after": [51, 3, 3, 3]}
 
 
+def test_under_inference_mode_too() -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10)))
+    zero(model[0], 2, 3)
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+        small = compact(model, x)
+        assert torch.allclose(small(x), model(x)) and small[0].weight.shape[0] == 6
+    small(torch.randn(2, 3, 4, 4, dtype=torch.float64)).sum().backward()  # what comes out can be trained
+    assert small[0].weight.grad is not None
+
+
 @pytest.mark.parametrize("way", ["zeros", "masks", "hooks"])
 def test_zeros_from_anywhere(way: str) -> None:
     model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False)))

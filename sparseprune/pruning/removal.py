@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..dense import plain_copy
+from ..dense import plain_args, plain_copy
 from ..errors import SparsepruneWarning, VerificationError
 from ..tables import aligned
 from .blocks import drop_residual_blocks
@@ -79,6 +80,7 @@ class CompactReport:
         return "\n".join([*lines, f"{before:,} parameters before, {after:,} after"])
 
 
+@torch.inference_mode(False)  # gradients are followed, also where the caller switched them off
 def compact(
     model: _Model, example_inputs: Any, *, drop_blocks: Iterable[str] | str = (), multiple_of: int = 1
 ) -> _Model:
@@ -127,7 +129,7 @@ def compact(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(multiple_of, int) or multiple_of < 1:
         raise ValueError(f"multiple_of must be a positive whole number, got {multiple_of!r}")
-    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    args = plain_args(example_inputs)
     whole = plain_copy(model)
     parameters = _count(whole)
     dropped = drop_residual_blocks(whole, args, drop_blocks)
