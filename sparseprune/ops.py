@@ -201,7 +201,13 @@ def _expired(storages: list[StorageWeakRef]) -> bool:
     return any(storage.expired() for storage in storages)  # type: ignore[no-untyped-call]
 
 
-@torch.library.custom_op("sparseprune::linear", mutates_args=())
+# written out: torch 2.6 reads neither list[int] nor Tensor | None from annotations
+_WEIGHT_SCHEMA = (
+    "Tensor x, Tensor crow_indices, Tensor col_indices, Tensor masks, Tensor values, int[] shape, int[] block_shape"
+)
+
+
+@torch.library.custom_op("sparseprune::linear", mutates_args=(), schema=f"({_WEIGHT_SCHEMA}, Tensor? bias) -> Tensor")
 def _linear_op(
     x: Tensor,
     crow_indices: Tensor,
@@ -229,7 +235,10 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-@torch.library.custom_op("sparseprune::conv2d", mutates_args=())
+@torch.library.custom_op(
+    "sparseprune::conv2d", mutates_args=(),
+    schema=f"({_WEIGHT_SCHEMA}, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+)  # fmt: skip
 def _conv2d_op(
     x: Tensor,
     crow_indices: Tensor,
