@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparseprune
@@ -78,21 +78,6 @@ def accuracy(model: nn.Module, data: TensorDataset) -> float:
     return sparseprune.evaluate(model, DataLoader(data, batch_size=250), autocast=torch.bfloat16).accuracy
 
 
-@torch.no_grad()
-def recalibrate(model: nn.Module, images: Tensor) -> None:
-    """Statistics of every batch norm anew: the plain average over batches of 250."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    for batch in torch.split(images, 250):
-        model(batch)
-    for norm in norms:
-        norm.momentum = 0.1
-        norm.eval()
-
-
 # ---- pruning to one latency ----
 
 
@@ -112,6 +97,7 @@ BY_SPARSITY: dict[str, Callable[[nn.Module, float], nn.Module]] = {
     UNIFORM: prune_uniform, "uniform, all layers": prune_all, "global": prune_global,
 }  # fmt: skip
 BY_ERRORS = {OURS: "search", "autoprune, magnitude": "magnitude", "autoprune, output": "output"}
+VARIANTS = (*BY_ERRORS, *BY_SPARSITY)
 
 
 def match(
@@ -141,7 +127,7 @@ class Experiment:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.path = options, options.output / "results.json"
         self.train_data, self.test_data = datasets(options.data, options.images)
-        self.variants = [OURS, UNIFORM] if options.fast else [*BY_ERRORS, *BY_SPARSITY]
+        self.variants = options.variants
         self.timed = torch.zeros(options.batch, 1, 32, 32)
         options.output.mkdir(parents=True, exist_ok=True)
         settings = {name: getattr(options, name) for name in
@@ -243,7 +229,7 @@ class Experiment:
         if run is None or "finetuned" in run:
             return
         model = sparseprune.load_pruned(self.network(seed), self.file(variant, seed))
-        recalibrate(model, self.train_data.tensors[0][:2500])
+        sparseprune.recalibrate_bn(model, torch.split(self.train_data.tensors[0][:2500], 250))
         one_shot = accuracy(model, self.test_data)
         sparseprune.hold_zeros(model)
         train(model, self.train_data, self.options.finetune, 0.03, seed)
@@ -280,6 +266,10 @@ def spread(shares: list[float]) -> str:
     return f"{100 * statistics.mean(shares):.2f}{deviation}"
 
 
+def _flag(variant: str) -> str:
+    return variant.replace(", ", "-").replace(" ", "-")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with Fashion-MNIST's IDX files (default: the subset here)")
@@ -298,11 +288,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=50, help="of each round of the search")
     parser.add_argument("--threads", type=int, default=1, help="of the converted network")
     parser.add_argument("--train-threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--variants", default=",".join(map(_flag, VARIANTS)), help="some of %(default)s")
     parser.add_argument("--fast", action="store_true", help="tiny, in seconds: to see that it runs")
     options = parser.parse_args(arguments)
     if options.fast:
         options.width, options.images, options.epochs, options.seeds = 8, 200, 1, 1
-        options.calibration, options.trials, options.rounds = 64, 1, 1
+        options.calibration, options.trials, options.rounds, options.variants = 64, 1, 1, f"{OURS},{UNIFORM}"
+    known = {_flag(variant): variant for variant in VARIANTS}
+    if unknown := set(options.variants.split(",")) - set(known):
+        parser.error(f"--variants: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+    options.variants = [known[name] for name in options.variants.split(",")]
     torch.set_num_threads(options.train_threads)
     experiment = Experiment(options)
     for seed in range(options.seeds):

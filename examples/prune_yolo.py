@@ -48,7 +48,7 @@ class Plan:
     epochs: int = 5  # and one more, plain or sparse
     finetune_canvases: int = 2_000
     test_canvases: int = 1_000
-    picture: int = 0  # the test canvas whose objects' confidences are shown
+    picture: int = 43  # the test canvas whose objects' confidences are shown
     filters: tuple[float, ...] = FILTERS
     tune: Literal["measure", "fixed"] = "measure"  # how `convert` chooses
     rounds: int = 6  # of timing, a tenth of a second for each call

@@ -7,7 +7,7 @@
 A dense network is trained for each seed. Then, for each criterion, rounds of pruning and a little finetuning take its
 multiply-adds down to each of `--macs`, shares of the dense ones, the same for every criterion; after each a longer
 finetuning follows, and `sparseprune.compact` removes the filters for good. Nothing of it is particular to VGG but
-`macs`, which counts.
+`macs` and `macs_of_a_filter`, which count.
 
 Every training is checkpointed and what is done is skipped, so that the same command goes on after an interruption. DIR
 holds Fashion-MNIST's four IDX files, raw or .gz; without it the subset in examples/data is used.
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent / "data"))
 from make_subset import load as load_images  # noqa: E402  (it lies beside the images)
 
 STAGES = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))  # channels of the convolutions, in widths; then pooling
-CRITERIA = ("taylor", "random", "magnitude", "taylor_normalized")
+CRITERIA = ("taylor", "random", "taylor_plain", "magnitude")  # the first is divided by what a filter costs
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -68,11 +68,33 @@ def macs(model: nn.Module) -> int:
     return total
 
 
-class Once(Criterion):
-    """A criterion's scores of the first call, given again later: to try several amounts without new gradients."""
+def macs_of_a_filter(model: nn.Module) -> dict[str, float]:
+    """Multiply-adds that go with one filter, its own and those that read it, by the weight's name."""
+    found: dict[str, float] = {}
+    pixels, channels, before = 32 * 32, 1, ""
+    for name, layer in model.named_children():
+        if isinstance(layer, nn.Conv2d):
+            filters = int((layer.weight != 0).flatten(1).any(1).sum())
+            found[f"{name}.weight"] = channels * 9 * pixels
+            if before:
+                found[before] += filters * 9 * pixels
+            channels, before = filters, f"{name}.weight"
+        elif isinstance(layer, nn.MaxPool2d):
+            pixels //= 4
+    return found
 
-    def __init__(self, criterion: Criterion) -> None:
+
+class Once(Criterion):
+    """A criterion's scores of the first call, given again later: to try several amounts without new gradients.
+
+    With `per_mac` they are divided by the multiply-adds that go with the filter. As it is the multiply-adds that are to
+    be halved, those filters go first that matter least for what they cost; else it is nearly always the last layers'
+    filters, which cost little (Molchanov et al. regularise by what a filter costs, section 3.1).
+    """
+
+    def __init__(self, criterion: Criterion, per_mac: bool) -> None:
         self._criterion = criterion
+        self._per_mac = per_mac
         self._scores: Mapping[str, Tensor] | None = None
 
     def unit_scores(
@@ -80,14 +102,17 @@ class Once(Criterion):
         patterns: Mapping[str, Pattern], generator: torch.Generator | None,
     ) -> Mapping[str, Tensor]:  # fmt: skip
         if self._scores is None:
-            self._scores = self._criterion.unit_scores(model, weights, kept, patterns, generator)
+            scores = self._criterion.unit_scores(model, weights, kept, patterns, generator)
+            costs = macs_of_a_filter(model) if self._per_mac else dict.fromkeys(scores, 1.0)
+            self._scores = {name: score / costs[name] for name, score in scores.items()}
         return self._scores
 
 
-def prune_to(model: nn.Module, goal: float, criterion: Criterion, seed: int) -> None:
+def prune_to(model: nn.Module, goal: float, criterion: Criterion, seed: int, per_mac: bool) -> None:
     """Prune filters until at most `goal` multiply-adds are left; every layer keeps 3 % of its own at least."""
     options: dict[str, Any] = {
-        "criterion": Once(criterion), "pattern": "filter", "include": nn.Conv2d, "min_density": 0.03, "seed": seed,
+        "criterion": Once(criterion, per_mac), "pattern": "filter", "include": nn.Conv2d, "min_density": 0.03,
+        "seed": seed,
     }  # fmt: skip
     low, high = sparseprune.summary(model).sparsity * 0.99, 0.96
     for _ in range(12):
@@ -122,7 +147,7 @@ def pruned(args: argparse.Namespace, data: Data, name: str, share: float, seed: 
     cut = []
     for number in range(1, args.rounds + 1):
         goal = full * before * (share / before) ** (number / args.rounds)  # every round leaves the same share
-        prune_to(model, goal, criterion(name, data.gradients), 100 * seed + number)
+        prune_to(model, goal, criterion(name, data.gradients), 100 * seed + number, name == "taylor")
         cut.append(sparseprune.evaluate(model, data.test).accuracy)
         last = number == args.rounds
         loader, epochs = (data.train, args.finetune_epochs) if last else (data.some, 1)
@@ -160,7 +185,7 @@ def describe(model: nn.Module, data: Data) -> dict[str, Any]:
 
 def criterion(name: str, gradients: Batches) -> Criterion:
     if name.startswith("taylor"):
-        return Taylor(gradients, normalize=name == "taylor_normalized", progress=False)
+        return Taylor(gradients, progress=False)
     return Random() if name == "random" else Magnitude(2)
 
 
@@ -239,8 +264,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6, help="of dense training")
     parser.add_argument("--rounds", type=int, default=4, help="prunings for each share")
     parser.add_argument("--round-images", type=int, default=3200, help="images seen between two prunings")
-    parser.add_argument("--finetune-epochs", type=int, default=3, help="after the last pruning")
-    parser.add_argument("--macs", default="0.5,0.25,0.1", help="shares of the multiply-adds that stay")
+    parser.add_argument("--finetune-epochs", type=int, default=1, help="after the last pruning")
+    parser.add_argument("--macs", default="0.5,0.25", help="shares of the multiply-adds that stay")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--criteria", default="taylor,random", help=f"some of {','.join(CRITERIA)}")

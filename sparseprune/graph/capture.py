@@ -267,8 +267,9 @@ def _attempt(
         with quiet(), torch.inference_mode(False), torch.no_grad(), watch:
             shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]  # by tensor: forward may take *args
             for place, leaf in enumerate(example):
-                for dim in range(leaf.ndim if isinstance(leaf, Tensor) else 0):
-                    shapes[leaf][dim] = Dim.AUTO if (place, dim) in dynamic else Dim.STATIC
+                if isinstance(leaf, Tensor):
+                    dims = range(leaf.ndim)
+                    shapes[leaf] = {dim: Dim.AUTO if (place, dim) in dynamic else Dim.STATIC for dim in dims}
             exported = export(model, tree_unflatten(example, in_spec), dynamic_shapes=shapes, strict=False)
     except ShapeDependentError:
         raise
