@@ -6,8 +6,8 @@
 
 Every stage is trained with checkpoints and skipped once done, so that the same command goes on after an interruption.
 `--stages` picks some of: dense, one_shot, cubic (98 %), global_94, local_94, global_99, global_995 (the last two go on
-from one_shot). examples/weights/resnet18-32-98.safetensors is what one_shot left at full size. DIR holds
-Fashion-MNIST's four IDX files, raw or .gz; without it the subset in examples/data is used.
+from one_shot). examples/weights/resnet18-32-98.safetensors is what cubic left at full size, after five epochs. DIR
+holds Fashion-MNIST's four IDX files, raw or .gz; without it the subset in examples/data is used.
 """
 
 from __future__ import annotations

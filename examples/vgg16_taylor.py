@@ -229,27 +229,31 @@ def latency(args: argparse.Namespace, name: str, share: float) -> dict[str, Any]
 
 
 def table(results: dict[str, Any], runs: list[tuple[str, float]], seeds: int) -> str:
-    """A row for each criterion and share: means and standard deviations over the seeds."""
-    lines = [f"{'':18} {'MACs':>6} {'weights':>8} {'accuracy':>13} {'points lost':>13}  ms, one image (first seed)"]
-    lost: dict[tuple[str, float], list[float]] = {}
+    """A row for each criterion and share: means and standard deviations over the seeds, in Markdown."""
+    lines = ["| | MACs | weights | just pruned, mean of rounds | finetuned | points lost | ms, one image, first seed |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    figures: dict[tuple[str, float], tuple[list[float], list[float]]] = {}  # just pruned, finetuned; of each seed
     for name, share in runs:
         rows = [results[key_of(name, share, seed)] for seed in range(seeds)]
+        cut = [100 * statistics.mean(row["cut"]) for row in rows if "cut" in row]
         accuracies = [100 * row["accuracy"] for row in rows]
-        lost[name, share] = [100 * results[f"dense-{seed}"]["accuracy"] - accuracies[seed] for seed in range(seeds)]
+        figures[name, share] = cut, accuracies
+        lost = [100 * results[f"dense-{seed}"]["accuracy"] - accuracies[seed] for seed in range(seeds)]
         mean = {field: statistics.mean(row[field] for row in rows) for field in ("macs", "parameters")}
         times = ", ".join(f"{way} {ms:.3f}" for way, ms in rows[0].get("milliseconds", {}).items() if ms is not None)
-        lines.append(
-            f"{name:18} {mean['macs']:6.1%} {mean['parameters']:8,.0f} {_spread(accuracies):>13} "
-            f"{_spread(lost[name, share]):>13}  {times}"
-        )
-    for name, share in lost:
-        if name == "taylor" and ("random", share) in lost and seeds > 1:
-            gain = statistics.mean(lost["random", share]) - statistics.mean(lost[name, share])
-            deviation = max(statistics.stdev(lost["random", share]), statistics.stdev(lost[name, share]))
-            lines.append(
-                f"at {share:.0%} of the MACs Taylor is {gain:.2f} points better than random filters; the larger "
-                f"standard deviation is {deviation:.2f}"
-            )
+        cells = (name, f"{mean['macs']:.1%}", f"{mean['parameters']:,.0f}", _spread(cut) if cut else "",
+                 _spread(accuracies), _spread(lost), times)  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, share in figures:
+        if name == "taylor" and ("random", share) in figures and seeds > 1:
+            for when, ours, random in zip(
+                ("just pruned", "finetuned"), figures[name, share], figures["random", share], strict=True
+            ):
+                gain = statistics.mean(ours) - statistics.mean(random)
+                lines.append(
+                    f"\nAt {share:.0%} of the MACs, {when}, Taylor is {gain:.2f} points better than random filters; "
+                    f"the larger standard deviation is {max(statistics.stdev(ours), statistics.stdev(random)):.2f}."
+                )
     return "\n".join(lines)
 
 

@@ -38,4 +38,4 @@ def test_rounds_and_resumption(tmp_path: Path) -> None:
     after = json.loads((tmp_path / "results.json").read_text())
     assert {key: after[key] for key in before} == before  # not trained again
     assert set(after) - set(before) == {"random-50-0", "random-25-0"}
-    assert [line.split()[0] for line in lines[-5:]] == ["dense", "taylor", "random", "taylor", "random"]
+    assert [line.split()[1] for line in lines[-5:]] == ["dense", "taylor", "random", "taylor", "random"]
