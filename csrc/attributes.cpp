@@ -17,9 +17,10 @@ constexpr int64_t max_extent = (int64_t{1} << 31) - 1;
 constexpr size_t many = 1 << 16;
 constexpr size_t max_rank = 8;
 
-const std::vector<OpSchema>& schemas() {
+// Made when the library is loaded, as the names below: what is made at first use hangs a child that was forked in the middle of it.
+const std::vector<OpSchema> schemas = [] {
     using A = Arrays;
-    static const std::vector<OpSchema> table = {
+    return std::vector<OpSchema>{
         {Op::conv, 1, 2, A::weight, {"dims", "stride", "padding", "dilation", "groups", "act"}},
         {Op::linear, 1, 2, A::weight, {"act"}},
         {Op::max_pool, 1, 1, A::none, {"dims", "kernel", "stride", "padding", "dilation", "ceil_mode"}},
@@ -53,8 +54,7 @@ const std::vector<OpSchema>& schemas() {
         {Op::group_norm, 1, 1, A::scale_bias, {"groups", "eps"}},
         {Op::matmul, 2, 2, A::none, {"transpose_b"}},
     };
-    return table;
-}
+}();
 
 int64_t ranged(const Json& json, const std::string& name, int64_t low, int64_t high) {
     const int64_t value = json.integer();
@@ -80,15 +80,14 @@ T named(const Json& json, const std::string& attribute, const std::vector<std::p
     json.fail(message("attrs.", attribute, "='", json.string(), "' is not one of ", all));
 }
 
-Act read_act(const Json& json) {
-    static const std::vector<std::pair<const char*, Act>> known = {
-        {"none", Act::none}, {"relu", Act::relu}, {"relu6", Act::relu6}, {"leaky_relu", Act::leaky_relu}, {"clamp", Act::clamp},
-        {"hardsigmoid", Act::hardsigmoid}, {"hardswish", Act::hardswish}, {"sigmoid", Act::sigmoid}, {"silu", Act::silu},
-        {"tanh", Act::tanh}, {"elu", Act::elu}, {"gelu", Act::gelu}, {"gelu_tanh", Act::gelu_tanh}, {"mish", Act::mish},
-        {"softplus", Act::softplus}, {"exp", Act::exp}, {"sqrt", Act::sqrt}, {"rsqrt", Act::rsqrt}, {"reciprocal", Act::reciprocal},
-        {"abs", Act::abs}, {"neg", Act::neg}, {"square", Act::square}};
-    return named(json, "act", known);
-}
+const std::vector<std::pair<const char*, Act>> acts = {
+    {"none", Act::none}, {"relu", Act::relu}, {"relu6", Act::relu6}, {"leaky_relu", Act::leaky_relu}, {"clamp", Act::clamp},
+    {"hardsigmoid", Act::hardsigmoid}, {"hardswish", Act::hardswish}, {"sigmoid", Act::sigmoid}, {"silu", Act::silu},
+    {"tanh", Act::tanh}, {"elu", Act::elu}, {"gelu", Act::gelu}, {"gelu_tanh", Act::gelu_tanh}, {"mish", Act::mish},
+    {"softplus", Act::softplus}, {"exp", Act::exp}, {"sqrt", Act::sqrt}, {"rsqrt", Act::rsqrt}, {"reciprocal", Act::reciprocal},
+    {"abs", Act::abs}, {"neg", Act::neg}, {"square", Act::square}};
+
+Act read_act(const Json& json) { return named(json, "act", acts); }
 
 float read_float(const Json& json, const std::string& name) {
     const double value = json.number();
@@ -216,7 +215,7 @@ void check_pool_padding(const Json& attrs, const Window& window) {
 }  // namespace
 
 const OpSchema* find_op(const std::string& name) {
-    for (const auto& schema : schemas())
+    for (const auto& schema : schemas)
         if (name == op_name(schema.op)) return &schema;
     return nullptr;
 }

@@ -94,6 +94,7 @@ void add_run(std::vector<Tile>& tiles, int64_t in, int64_t out, int64_t vectors,
 
 void make_masks(ConvPlan& p) {
     const Layout& out = p.shape.out;
+    narrow_offset((out.kind == LayoutKind::flat ? out.n * out.h * out.w : out.h * out.pitch) / 16);  // tiles number masks by int32
     if (out.kind == LayoutKind::flat) {
         const int64_t pixels = out.n * out.h * out.w;
         for (int64_t v = 0; v * 16 < pixels; ++v) p.masks.push_back(lanes(pixels - v * 16));

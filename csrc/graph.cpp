@@ -172,14 +172,15 @@ Shape resolve(const Node& node, const Shape* x, const Symbols& symbols) {
 Shape reshape_shape(const Node& node, const Shape& x, const Symbols& symbols) {
     Shape out = resolve(node, &x, symbols);
     const int64_t total = elements(x);
+    // Not elements(out), which could overflow: more than total is as bad as anything above.
+    const auto times = [total](int64_t product, int64_t d) { return product > total / d ? total + 1 : product * d; };
     int64_t known = 1;
     for (int64_t d : out)
-        if (d != -1) known = known > total ? known : known * d;
+        if (d != -1) known = times(known, d);
     for (int64_t& d : out)
-        if (d == -1) d = known <= total ? total / known : 0;
-    // Not elements(out): it could overflow.
+        if (d == -1) d = total / known;
     int64_t product = 1;
-    for (int64_t d : out) product = d < 1 || product > total ? 0 : product * d;
+    for (int64_t d : out) product = d < 1 ? total + 1 : times(product, d);
     if (product != total) fail(node, "a value of shape ", to_string(x), " does not fit the shape ", to_string(out));
     return out;
 }

@@ -147,7 +147,7 @@ private:
 };
 
 std::atomic<Pool*> the_pool{nullptr};
-std::atomic<int> chosen_threads{0};
+std::atomic<int> chosen_threads{0}, default_threads{0};  // 0: not known
 
 // Never destroyed: threads may still run when the process ends.
 std::mutex& the_bookkeeping = *new std::mutex;
@@ -203,7 +203,11 @@ int available_cores() {
 int num_threads() {
     const int chosen = chosen_threads.load();
     if (chosen > 0) return chosen;
-    static const int cores = available_cores();  // asks the operating system: tens of microseconds
+    int cores = default_threads.load();
+    if (cores == 0) {  // asks the operating system: tens of microseconds
+        cores = available_cores();
+        default_threads.store(cores);
+    }
     return cores;
 }
 

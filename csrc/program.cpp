@@ -12,9 +12,7 @@ constexpr size_t kMostPlans = 16;
 
 }  // namespace
 
-Program::Program(Graph graph) : graph_(std::make_shared<const Graph>(std::move(graph))) {
-    for (const Tuned& t : graph_->tuned) set_choices(t.isa, t.shapes, t.choices, t.threads);
-}
+Program::Program(Graph graph) : graph_(std::make_shared<const Graph>(std::move(graph))), tuned_(graph_->tuned) {}
 
 // Planning a large network takes a while: it happens outside the lock, and where two callers planned the same, the first stays.
 std::shared_ptr<const Plan> Program::plan(const std::vector<Shape>& shapes, int threads, const Kernels& kernels) {

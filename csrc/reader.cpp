@@ -11,7 +11,6 @@
 #include "attributes.h"
 #include "errors.h"
 #include "json.h"
-#include "safetensors.h"
 
 namespace sparseprune {
 namespace {
@@ -142,6 +141,7 @@ private:
             const std::string& name = graph_.inputs.back().name;
             if (name.empty() || !names.insert(name).second)
                 item.fail(message("input name '", name, "' is empty or not unique"));
+            symbols_.insert(graph_.inputs.back().symbol.begin(), graph_.inputs.back().symbol.end());
         }
     }
 
@@ -310,12 +310,8 @@ private:
     }
 
     void check_symbols(const Json& json, const Node& node) const {
-        for (const Size& size : node.shape) {
-            bool known = size.symbol.empty();
-            for (const Input& input : graph_.inputs)
-                known = known || std::find(input.symbol.begin(), input.symbol.end(), size.symbol) != input.symbol.end();
-            if (!known) json.fail(message("attrs.shape: no input has a size '", size.symbol, "'"));
-        }
+        for (const Size& size : node.shape)
+            if (!size.symbol.empty() && !symbols_.count(size.symbol)) json.fail(message("attrs.shape: no input has a size '", size.symbol, "'"));
     }
 
     void read_operands(const OpSchema& schema, const Json& json, Node& node) const {
@@ -386,6 +382,7 @@ private:
             if (!tuned.choices.back()) item.fail("a choice is [form, kind, vectors], of known names");
         }
         if (tuned.choices.size() != graph_.nodes.size()) json.fail("'choices' is not one for each node");
+        if (!tuned_.emplace(tuned.isa, tuned.shapes).second) json.fail("'tuned' has the same isa and shapes twice");
         graph_.tuned.push_back(std::move(tuned));
     }
 
@@ -402,15 +399,17 @@ private:
     Graph graph_;
     std::map<std::string, int> weight_index_;
     std::map<std::string, std::shared_ptr<const std::vector<float>>> arrays_;
-    std::set<std::string> used_tensors_;
+    std::set<std::string> symbols_, used_tensors_;
+    std::set<std::pair<std::string, std::vector<Shape>>> tuned_;
     std::set<int> used_weights_;
 };
 
 }  // namespace
 
-Graph read_program(const uint8_t* bytes, size_t size) {
-    const Container container = read_container(bytes, size);
+Graph read_graph(const Container& container) {
     return in("graph", [&] { return Reader(container).read(); });
 }
+
+Graph read_program(const uint8_t* bytes, size_t size) { return read_graph(read_container(bytes, size)); }
 
 }  // namespace sparseprune

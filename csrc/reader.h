@@ -4,9 +4,13 @@
 #include <cstdint>
 
 #include "graph.h"
+#include "safetensors.h"
 
 namespace sparseprune {
 
 Graph read_program(const uint8_t* bytes, size_t size);  // throws FormatError
+
+// The second half of it: from a container whose places were checked.
+Graph read_graph(const Container& container);  // throws FormatError
 
 }  // namespace sparseprune

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sparseprune import FormatError, _native
+from sparseprune.container import with_tuned
 from sparseprune.graph.ir import Graph, Input, Node, Weight
 from sparseprune.runtime import Program
 
@@ -60,6 +61,26 @@ def test_a_pooling_stride_beyond_the_image_costs_nothing() -> None:
     attrs.update(dilation=[1, 1], ceil_mode=False)
     program = _native.Program(graph((1, 64, 1, 1), (Node("max_pool", "p", (0,), attrs),), (1,)).to_bytes())
     assert program.plan([(1, 64, 1, 1)]).arena_bytes < 1 << 16
+
+
+def test_sizes_whose_product_overflows_do_not_divide() -> None:
+    # 2^30 * 8 * 2^30 * 2 is 0 modulo 2^64, and what is left of the elements was divided by it: SIGFPE
+    expand = Node("expand", "e", (0,), {"shape": [1 << 20, 1 << 19]})
+    reshape = Node("reshape", "r", (1,), {"shape": [1 << 30, 8, 1 << 30, 2, -1]})
+    program = Program(graph((1, 1), (expand, reshape), (2,)).to_bytes())
+    with pytest.raises(ValueError, match="does not fit the shape"):
+        program(np.zeros((1, 1), np.float32))
+
+
+def test_many_names_and_many_tunings_take_linear_time() -> None:
+    # each name was once looked for in all inputs, each tuning compared with all: hours for a header of 16 MiB
+    count = 20000
+    inputs = tuple(Input(f"x{i}", (f"n{i}",)) for i in range(count))
+    nodes = tuple(Node("reshape", "", (0,), {"shape": [f"n{count - 1}"]}) for i in range(count))
+    tuned = [(str(i), [[1]], [None] * 0, 0) for i in range(count)]
+    assert len(Program(Graph(inputs, nodes, (count,), {"kind": "tensor"}, {}, {}).to_bytes()).inputs) == count
+    plain = Graph((Input("x", ("n",)),), (), (0,), {"kind": "tensor"}, {}, {}).to_bytes()
+    assert len(_native.Program(with_tuned(plain, tuned)).tuned) == count
 
 
 def test_arrays_that_were_pickled_are_float32_too() -> None:

@@ -158,6 +158,7 @@ CASES: dict[str, tuple[str, Callable[[dict[str, Any], Arrays], Any]]] = {
     "a key twice": ("duplicate key 'version'", lambda g, a: g.update(text='{"version": 2, "version": 2}')),
     "deep nesting": ("nested deeper", lambda g, a: g.update(text="[" * 10**6)),
     "a deep tree": ("nested deeper", lambda g, a: g.update(tree=tree(100))),
+    "tunings": ("shapes twice", lambda g, a: g.update(tuned=[{"isa": "", "shapes": [], "choices": [None] * 4}] * 2)),
     "text behind": ("bytes after the value", lambda g, a: g.update(text=json.dumps(g) + "0")),
     "no text": ("expected a value", lambda g, a: g.update(text="")),
     "an unknown operator": ("unknown op", lambda g, a: g["nodes"][1].update(op="system")),

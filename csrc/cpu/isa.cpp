@@ -34,6 +34,8 @@ Features detect() {
     f.avx512 = f.avx2 && (b & needed) == needed && (state & 0xE6) == 0xE6;
     return f;
 }
+
+const Features features = detect();
 #endif
 
 std::string joined(const std::vector<std::string>& names) {
@@ -47,7 +49,6 @@ std::string joined(const std::vector<std::string>& names) {
 std::vector<std::string> supported_isas() {
     std::vector<std::string> names{"scalar"};
 #if defined(__x86_64__)
-    static const Features features = detect();
     if (features.avx2) names.push_back("avx2");
     if (features.avx512) names.push_back("avx512");
 #elif defined(__aarch64__)

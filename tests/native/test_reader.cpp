@@ -462,6 +462,10 @@ void test_tensor_operators() {
     misfit("reshape", R"("shape":[5,-1])", "(2, 4, 6, 8) does not fit the shape (5, 76)");
     misfit("reshape", R"("shape":[-1,1000])", "does not fit");
     misfit("reshape", R"("shape":[2147483646,2147483646,2147483646])", "does not fit");
+    // products of sizes that pass 2^63, and from there 0: what is left was once divided by it
+    const Shape large{1 << 10, 1 << 19, 6, 1 << 7};
+    for (const char* sizes : {"[1073741824,8,1073741824,2,-1]", "[1073741824,8,1073741824,2]", "[2147483647,4,2147483647,-1]"})
+        CHECK_THROWS(shape("reshape", message("\"shape\":", sizes), large), ValueError, "does not fit");
     misfit("reshape", R"("shape":[-7])", "a dimension that its input has not");
     bad("reshape", R"("shape":[-1,-1])", "too many sizes of -1");
     bad("reshape", R"("shape":[0])", "shape[0]=0");
