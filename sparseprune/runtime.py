@@ -51,8 +51,9 @@ class Program:
         plan = self._plans.get(key)
         if plan is None:
             plan = self._native.plan(list(shapes))
-            while len(self._plans) >= _MOST_PLANS:
-                self._plans.pop(next(iter(self._plans)), None)
+            known = list(self._plans.copy())  # at once: other threads change it meanwhile, which an iterator would raise at
+            for oldest in known[: max(0, len(known) - _MOST_PLANS + 1)]:
+                self._plans.pop(oldest, None)
             self._plans[key] = plan
         return plan
 

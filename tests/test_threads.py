@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +73,20 @@ def test_many_callers_share_a_program(program: runtime.Program) -> None:
     for thread in threads:
         thread.join()
     assert not failures and len(done) == 8
+
+
+def test_plans_may_be_forgotten_meanwhile(program: runtime.Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Emptied(dict[Any, Any]):  # by a tuning that ends just after it was asked how many there are
+        def __len__(self) -> int:
+            count = super().__len__()
+            self.clear()
+            return count
+
+    monkeypatch.setattr(runtime, "_MOST_PLANS", 1)
+    fresh = runtime.Program(program.data)
+    fresh._plans = Emptied()
+    for shape in SHAPES:  # the second once raised StopIteration; where one was added meanwhile, RuntimeError
+        assert fresh.plan(shape).output_shapes == program.plan(shape).output_shapes
 
 
 def test_python_runs_on_beside_a_program(program: runtime.Program) -> None:
