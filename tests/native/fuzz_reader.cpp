@@ -1,7 +1,8 @@
 // Any bytes as a program: read, planned and run once if they are one. What may come is FormatError or ValueError, nothing else.
 //
-// The first byte says what the others are. Even: a file, read as it is and again with checksums that fit. Odd: a graph's JSON; the
-// arrays that it names come from the list below, so that mutations of the text alone reach every operator.
+// The first byte says what follows the second. Even: a file, read with checksums that fit or (from 128 on) as it is. Odd: a graph's
+// JSON; the arrays that it names come from the list below, so that mutations of the text alone reach every operator. Its other bits
+// choose the instruction set and the side of the guard pages, the second byte chooses the sizes of the inputs.
 #include "fuzz_reader.h"
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 #include <map>
 
 #include "cpu/isa.h"
-#include "program.h"
+#include "plan.h"
 #include "programs.h"
 
 using namespace sparseprune;
@@ -19,7 +20,7 @@ using namespace programs;
 
 namespace {
 
-constexpr int64_t most_elements = 1 << 16, most_work = 1 << 21;  // of a program that is run; others are only read and shaped
+constexpr int64_t most_elements = 1 << 13, most_work = 1 << 17;  // of a program that is run; others are only read and shaped
 
 std::vector<Array> all_arrays() {
     auto arrays = small_arrays();  // b0 (2), w0 (2, 2, 1, 1) in (2, 1) blocks, w1 (3, 2) dense
@@ -33,11 +34,27 @@ std::vector<Array> all_arrays() {
 }
 
 // An array is there where the text has its name, or its weight's, in quotation marks.
-Bytes file_for(const std::string& graph) {
-    std::vector<Array> arrays;
-    for (Array& a : all_arrays())
-        if (graph.find("\"" + a.name.substr(0, a.name.find('.')) + "\"") != std::string::npos) arrays.push_back(std::move(a));
-    return file_of(graph, arrays);
+Container container_for(std::string graph) {
+    static const std::map<std::string, DType> dtypes = {{"F32", DType::f32}, {"F16", DType::f16}, {"I32", DType::i32},
+                                                        {"U16", DType::u16}, {"U8", DType::u8},   {"U64", DType::u64}};
+    struct Known {
+        Array array;
+        std::string quoted;
+    };
+    static const std::vector<Known> all = [] {
+        std::vector<Known> known;
+        for (Array& a : all_arrays()) {
+            const std::string quoted = "\"" + a.name.substr(0, a.name.find('.')) + "\"";
+            known.push_back({std::move(a), quoted});
+        }
+        return known;
+    }();
+    Container container;
+    for (const auto& [a, quoted] : all)
+        if (graph.find(quoted) != std::string::npos)
+            container.tensors.emplace(a.name, Tensor{dtypes.at(a.dtype), a.shape, a.data.data(), a.data.size()});
+    container.program = std::move(graph);
+    return container;
 }
 
 int64_t elements(const Shape& shape) {
@@ -63,7 +80,9 @@ int64_t work(const Graph& graph, const std::vector<Shape>& shapes) {
     return sum;
 }
 
-void run(Graph graph, uint8_t sizes) {
+void run(Graph read, uint8_t way, uint8_t sizes) {
+    const auto shared = std::make_shared<const Graph>(std::move(read));
+    const Graph& graph = *shared;
     std::vector<Shape> shapes;
     std::map<std::string, int64_t> symbols;
     for (const Input& input : graph.inputs) {
@@ -78,44 +97,42 @@ void run(Graph graph, uint8_t sizes) {
     int64_t total = 0;
     for (const Shape& shape : all) total += std::min(elements(shape), most_elements);
     if (total >= most_elements || work(graph, all) >= most_work) return;
-    Program program(std::move(graph));
-    for (const Kernels* kernels : {&kernels_for("scalar"), &default_kernels()}) {
-        const auto plan = program.plan(shapes, 1, *kernels);
-        if (plan->arena_bytes() > (64 << 20)) continue;
-        std::vector<std::vector<float>> in, out;
-        std::vector<const float*> from;
-        std::vector<float*> to;
-        for (const Shape& shape : shapes) {
-            in.emplace_back(static_cast<size_t>(elements(shape)), 0.5f);
-            from.push_back(in.back().data());
-        }
-        for (const Shape& shape : plan->output_shapes()) {
-            out.emplace_back(static_cast<size_t>(elements(shape)));
-            to.push_back(out.back().data());
-        }
-        plan->run(from.data(), to.data());
+    static const std::vector<std::string> isas = supported_isas();
+    PlanOptions options{&kernels_for(isas[(way >> 1) % 8 % isas.size()])};
+    options.guarded = true;
+    options.guard_before = (way & 0x40) != 0;
+    Choices choices;
+    if (!graph.tuned.empty()) choices = graph.tuned[0].choices;
+    const Plan plan(shared, shapes, options, choices);
+    if (plan.arena_bytes() > (64 << 20)) return;
+    std::vector<std::vector<float>> in, out;
+    std::vector<const float*> from;
+    std::vector<float*> to;
+    for (const Shape& shape : shapes) {
+        in.emplace_back(static_cast<size_t>(elements(shape)), 0.5f);
+        from.push_back(in.back().data());
     }
+    for (const Shape& shape : plan.output_shapes()) {
+        out.emplace_back(static_cast<size_t>(elements(shape)));
+        to.push_back(out.back().data());
+    }
+    plan.run(from.data(), to.data());
 }
 
-void read_and_run(const Bytes& bytes, uint8_t sizes) {
-    try {
-        run(read(bytes), sizes);
-    } catch (const FormatError&) {
-    } catch (const ValueError&) {
-    }
+Graph read_any(const uint8_t* data, size_t size, uint8_t way) {
+    if (way % 2 != 0) return read_graph(container_for(std::string(data, data + size)));
+    Bytes bytes(data, data + size);
+    return read(way < 128 ? sealed(std::move(bytes)) : bytes);
 }
 
 }  // namespace
 
 void fuzz_program(const uint8_t* data, size_t size) {
     if (size < 2) return;
-    const uint8_t sizes = data[1];
-    if (data[0] % 2 == 0) {
-        const Bytes bytes(data + 2, data + size);
-        read_and_run(bytes, sizes);
-        read_and_run(sealed(bytes), sizes);
-    } else {
-        read_and_run(file_for(std::string(data + 2, data + size)), sizes);
+    try {
+        run(read_any(data + 2, size - 2, data[0]), data[0], data[1]);
+    } catch (const FormatError&) {
+    } catch (const ValueError&) {
     }
 }
 
@@ -124,7 +141,12 @@ int replay_corpus(const std::string& folder) {
     for (const auto& entry : std::filesystem::directory_iterator(folder)) {
         std::ifstream file(entry.path(), std::ios::binary);
         const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-        fuzz_program(reinterpret_cast<const uint8_t*>(text.data()), text.size());
+        CHECK(!text.empty());
+        for (const int way : {0x00, 0x02, 0x44, 0x80}) {  // each instruction set, both sides, as it is
+            std::string input = text;
+            input[0] = static_cast<char>((text[0] & 1) | way);
+            fuzz_program(reinterpret_cast<const uint8_t*>(input.data()), input.size());
+        }
         ++files;
     }
     CHECK(files > 0);

@@ -178,9 +178,9 @@ Value random_value(Random& r, const Sizes& sizes, bool special, bool broadcast =
         }
     }
     const Value v{s, std::make_shared<Guarded>(span(s))};
-    std::uniform_real_distribution<float> uniform(-2.0f, 2.0f);
     const float strange[] = {kNan, kInf, -kInf, 0.0f, -0.0f, 1e-40f};
-    for (size_t i = 0; i < v.buffer->size(); ++i) v.data()[i] = special && one_in(r, 40) ? strange[pick(r, 0, 5)] : uniform(r);
+    for (size_t i = 0; i < v.buffer->size(); ++i)
+        v.data()[i] = special && r.element() < 0.025 ? strange[static_cast<size_t>(r.element() * 6)] : r.real(-2.0f, 2.0f);
     return v;
 }
 
@@ -191,9 +191,10 @@ Sizes random_sizes(Random& r, int low = 0, int high = 6) {
     if (!sizes.empty() && one_in(r, 2)) sizes[static_cast<size_t>(pick(r, 0, static_cast<int64_t>(sizes.size()) - 1))] = large[pick(r, 0, 9)];
     if (sizes.size() > 1 && sizes.size() < 4 && one_in(r, 2))
         for (int64_t& s : sizes) s = large[pick(r, 0, 8)];
+    const int64_t most = r.small() ? 1100 : 40000;
     int64_t n = 1;
     for (int64_t& s : sizes) {
-        if (n * s > 40000) s = 1;
+        if (n * s > most) s = 1;
         n *= s;
     }
     return sizes;
@@ -358,7 +359,7 @@ void fuzz_elementwise(Random& r, const Kernels& k) {
 
     if (sizes.size() < 2) return;
     std::vector<float> scale(one_in(r, 3) ? 1 : static_cast<size_t>(sizes[1]));
-    for (float& s : scale) s = std::uniform_real_distribution<float>(-1, 1)(r);
+    for (float& s : scale) s = real(r);
     check_step(named(k, "prelu", {&a.at, &to}), to, [&](float* out, Part part) { prelu(k, a.at, pa, scale, to, out, part); },
                [&](const Index& i) {
                    const double v = a(i), s = static_cast<double>(scale[scale.size() == 1 ? 0 : static_cast<size_t>(i[1])]);
@@ -397,7 +398,7 @@ void fuzz_reduce(Random& r, const Kernels& k) {
 struct Line {
     double mean, factor, most, sum;
 };
-using Lines = std::map<Sizes, Line>;
+using Lines = std::map<int64_t, Line>;
 
 Line line_of(const std::vector<double>& v, double eps) {
     Line l{0, 0, -static_cast<double>(kInf), 0};
@@ -409,9 +410,16 @@ Line line_of(const std::vector<double>& v, double eps) {
     return l;
 }
 
+// The number of an index among those of its first dimensions.
+int64_t number_of(const Index& i, const Sizes& sizes, int64_t dimensions) {
+    int64_t number = 0;
+    for (size_t d = 0; d < static_cast<size_t>(dimensions); ++d) number = number * sizes[d] + i[d];
+    return number;
+}
+
 // By `key` of each index.
-Lines lines_of(const Value& x, const std::function<Sizes(const Index&)>& key, double eps) {
-    std::map<Sizes, std::vector<double>> values;
+Lines lines_of(const Value& x, const std::function<int64_t(const Index&)>& key, double eps) {
+    std::map<int64_t, std::vector<double>> values;
     for_indices(sizes_of(x.at), [&](const Index& i) { values[key(i)].push_back(x(i)); });
     Lines lines;
     for (const auto& [k, v] : values) lines[k] = line_of(v, eps);
@@ -425,7 +433,7 @@ void fuzz_softmax(Random& r, const Kernels& k) {
     float* px = x.data();
     if (one_in(r, 2))
         for (size_t i = 0; i < x.buffer->size(); ++i) px[i] *= 30;
-    const auto key = [&](const Index& i) { return Sizes(i.begin(), i.begin() + static_cast<int64_t>(sizes.size()) - 1); };
+    const auto key = [&](const Index& i) { return number_of(i, sizes, static_cast<int64_t>(sizes.size()) - 1); };
     const Lines lines = lines_of(x, key, 0);
     check_step(named(k, "softmax", {&x.at, &to}), to, [&](float* out, Part part) { softmax(k, x.at, px, to, out, part); },
                [&](const Index& i) {
@@ -451,16 +459,15 @@ void fuzz_norms(Random& r, const Kernels& k) {
     }
     const int64_t kept = grouped ? 1 : pick(r, 0, static_cast<int64_t>(sizes.size()) - 1);
     const auto key = [&](const Index& i) {
-        Sizes line(i.begin(), i.begin() + kept);
-        if (grouped) line.push_back(i[1] / (sizes[1] / groups));
-        return line;
+        const int64_t line = number_of(i, sizes, kept);
+        return grouped ? line * groups + i[1] / (sizes[1] / groups) : line;
     };
     const Lines lines = lines_of(x, key, eps);
     int64_t params = 1;  // elements of scale and bias
     for (size_t d = static_cast<size_t>(kept); d < (grouped ? 2 : sizes.size()); ++d) params *= sizes[d];
     std::vector<float> scale(static_cast<size_t>(params)), bias(scale.size());
-    for (float& v : scale) v = std::uniform_real_distribution<float>(-1, 1)(r);
-    for (float& v : bias) v = std::uniform_real_distribution<float>(-1, 1)(r);
+    for (float& v : scale) v = real(r);
+    for (float& v : bias) v = real(r);
     const float* ps = one_in(r, 3) ? nullptr : scale.data();
     const float* pb = one_in(r, 3) ? nullptr : bias.data();
     const auto run = [&](float* out, Part part) {
@@ -480,9 +487,13 @@ void fuzz_norms(Random& r, const Kernels& k) {
 
 void fuzz_matmul(Random& r, const Kernels& k) {
     const int64_t some[] = {1, 1, 2, 3, 5, 6, 7, 12, 16, 17, 31, 48, 49, 64, 65, 100, 130};
-    const int64_t m = some[pick(r, 0, 16)], n = some[pick(r, 0, 16)], depth = one_in(r, 12) ? pick(r, 500, 1100) : some[pick(r, 0, 16)];
+    int64_t m = some[pick(r, 0, 16)], n = some[pick(r, 0, 16)], depth = one_in(r, 12) ? pick(r, 500, 1100) : some[pick(r, 0, 16)];
     Sizes leading = random_sizes(r, 0, 3);
-    for (int64_t& s : leading) s = std::min<int64_t>(s, 3);
+    for (int64_t& s : leading) s = std::min<int64_t>(s, r.small() ? 2 : 3);
+    while (r.small() && m * n * depth > 1 << 13) {  // the largest is halved, so that each is large with small others
+        int64_t& largest = m > n && m > depth ? m : n > depth ? n : depth;
+        largest /= 2;
+    }
     const auto with = [&](int64_t rows, int64_t cols) {
         Sizes s = leading;
         s.push_back(rows);
@@ -523,7 +534,8 @@ void fuzz_matmul(Random& r, const Kernels& k) {
 void fuzz_resize(Random& r, const Kernels& k) {
     const int64_t some[] = {1, 2, 3, 5, 7, 8, 14, 16, 17, 33};
     const Sizes in{pick(r, 1, 2), pick(r, 1, 3), some[pick(r, 0, 9)], some[pick(r, 0, 9)]};
-    const int64_t height = some[pick(r, 0, 9)], width = one_in(r, 20) ? pick(r, 1000, 2100) : some[pick(r, 0, 9)];
+    int64_t height = some[pick(r, 0, 9)], width = one_in(r, 20) ? pick(r, 1000, 2100) : some[pick(r, 0, 9)];
+    while (r.small() && in[0] * in[1] * height * width > 2200 && height > 1) height /= 2;
     const double scale_h = one_in(r, 2) ? 0 : static_cast<double>(height) / static_cast<double>(in[2]) * 1.01, scale_w = one_in(r, 2) ? 0 : 1.7;
     const bool corners = one_in(r, 2);
     const Bilinear axes = bilinear_axes(in[2], in[3], height, width, scale_h, scale_w, corners);
