@@ -51,7 +51,7 @@ class Program:
         plan = self._plans.get(key)
         if plan is None:
             plan = self._native.plan(list(shapes))
-            known = list(self._plans.copy())  # at once: other threads change it meanwhile, which an iterator would raise at
+            known = list(self._plans.copy())  # at once: other threads change it, which an iterator would raise at
             for oldest in known[: max(0, len(known) - _MOST_PLANS + 1)]:
                 self._plans.pop(oldest, None)
             self._plans[key] = plan
