@@ -199,9 +199,10 @@ int64_t copy_row(const ConvShape& s, const Choice& choice) {
 }
 
 // Convolutions with many groups are copied and multiplied some groups at a time: the copy stays in the first-level cache.
+// plane: 0 where no row of a layer is read.
 int64_t copied_groups(const ConvShape& s, int64_t plane, WeightKind kind) {
     constexpr int64_t kFloats = 6144;  // half a first-level cache
-    return kind != WeightKind::single ? s.groups : std::clamp<int64_t>(kFloats / (plane * s.channels_per_group), 1, s.groups);
+    return kind != WeightKind::single ? s.groups : std::clamp<int64_t>(kFloats / std::max<int64_t>(1, plane * s.channels_per_group), 1, s.groups);
 }
 
 int64_t kept_weights(const Weight& w) { return w.sparse ? w.sparse->kept() : w.rows() * w.cols(); }
@@ -310,8 +311,9 @@ bool PlanBuilder::cost_of(const std::vector<BandNode>& nodes, Group& g) const {
         double row_seconds = static_cast<double>(b.out.c * b.out.pitch) * 8 / kCacheRate;
         if (b.kind == BandNode::alias) row_seconds = 0;
         if (b.kind == BandNode::conv) {
-            const int64_t kept = kept_weights(graph_.weights[static_cast<size_t>(graph_.nodes[static_cast<size_t>(b.index)].weight)]);
-            weights += kept * 6;
+            const Weight& weight = graph_.weights[static_cast<size_t>(graph_.nodes[static_cast<size_t>(b.index)].weight)];
+            const int64_t kept = kept_weights(weight);
+            weights += b.choice.kind == WeightKind::dense ? weight.rows() * weight.cols() * 4 : kept * 6;
             row_seconds += static_cast<double>(kept * b.out.w) / kMultiplyRate;
             if (b.choice.form != Form::direct) {
                 const int64_t span = b.shape.max_qy - b.shape.min_qy, plane = copy_row(b.shape, b.choice) * (g.schedule.most[i] + span);
@@ -335,6 +337,8 @@ bool PlanBuilder::cost_of(const std::vector<BandNode>& nodes, Group& g) const {
         held += l.c * l.pitch * 4 * (l.h / g.bands + 2);
     }
     const int64_t budget = cache_bytes() * 3 / 4;
+    if (held + scratch + weights > budget)  // every band reads them anew
+        seconds += static_cast<double>(calls / static_cast<int64_t>(g.layers.size()) - 1) * static_cast<double>(weights) / kMemoryRate;
     g.cost = seconds + moved / kCacheRate + (busiest - ideal) + static_cast<double>(calls) * kCall;
     return held + scratch + std::min(weights, budget / 2) <= budget;
 }

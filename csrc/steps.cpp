@@ -327,6 +327,14 @@ std::vector<Share> share_work(const ConvPlan& plan, size_t chunk, int threads) {
     return shares;
 }
 
+// The end of rows from `begin` on whose weights stay in the second-level cache from tile to tile.
+static int64_t rows_until(const PackedWeight& w, int64_t begin) {
+    constexpr int64_t kBytes = 1 << 19;
+    const int64_t rows = kBytes * w.cuts.back() / std::max<int64_t>(1, w.bytes());
+    const auto past = std::upper_bound(w.cuts.begin(), w.cuts.end(), begin + rows);
+    return std::max(*(past - 1), *std::upper_bound(w.cuts.begin(), w.cuts.end() - 1, begin));
+}
+
 void multiply(const Kernels& k, const ConvPlan& plan, const Share& share, const float* packed, const float* bias,
               const float* residual, float* out, const Activation& act) {
     const PackedWeight& w = plan.weight;
@@ -337,8 +345,6 @@ void multiply(const Kernels& k, const ConvPlan& plan, const Share& share, const 
     job.residual = residual;
     job.plane = plan.shape.out.plane;
     job.residual_plane = plan.residual_plane;
-    job.row_begin = share.row_begin;
-    job.row_end = share.row_end;
     job.tiles = share.tiles;
     job.tile_count = share.tile_count;
     job.masks = plan.masks.data();
@@ -359,10 +365,11 @@ void multiply(const Kernels& k, const ConvPlan& plan, const Share& share, const 
     job.dense_cols = static_cast<int64_t>(w.dense_offsets.size());
     job.dense_rows_per_group = w.dense_rows_per_group;
     job.dense_group_offset = w.dense_group_offset;
-    switch (w.kind) {
-        case WeightKind::single: k.single(job); break;
-        case WeightKind::masked: k.masked(job); break;
-        case WeightKind::dense: k.dense(job); break;
+    const auto kernel = w.kind == WeightKind::single ? k.single : w.kind == WeightKind::masked ? k.masked : k.dense;
+    for (job.row_end = share.row_begin; job.row_end < share.row_end;) {
+        job.row_begin = job.row_end;
+        job.row_end = share.tile_count > 1 ? std::min(share.row_end, rows_until(w, job.row_begin)) : share.row_end;
+        kernel(job);
     }
 }
 
