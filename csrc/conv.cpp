@@ -401,6 +401,12 @@ int unroll_of(const ConvPlan& p, const Weight& weight, const std::vector<Column>
     return std::min(vectors <= 1 ? 4 : vectors <= 4 ? 2 : 1, together < 2 ? 1 : together < 6 ? 2 : 4);
 }
 
+// Columns of a block. The taps of a halo share cache lines, so many columns' inputs stay in the first-level cache; where they do not, keeping
+// sums in the output costs more than it gains.
+int64_t block_columns(const ConvPlan& p) {
+    return p.choice.form == Form::halo && p.shape.taps.size() > 1 ? 384 : std::max<int64_t>(1, p.shape.columns());
+}
+
 }  // namespace
 
 ConvPlan plan_conv(const ConvShape& shape, const Weight& weight, const Choice& choice, const Kernels& kernels, int64_t copy_rows) {
@@ -422,7 +428,7 @@ ConvPlan plan_conv(const ConvShape& shape, const Weight& weight, const Choice& c
         case Form::dot: throw ValueError("form=dot has no tiles");
     }
     p.unroll = unroll_of(p, weight, columns);
-    p.weight = pack_weight(choice.kind, weight, shape.groups, columns, kernels.dense_rows, p.unroll);
+    p.weight = pack_weight(choice.kind, weight, shape.groups, columns, kernels.dense_rows, p.unroll, block_columns(p));
     make_edges(p);
     if (choice.form == Form::taps) make_tap_masks(p);
     return p;

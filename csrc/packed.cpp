@@ -102,17 +102,22 @@ void pack_four(PackedWeight& out, std::vector<Kept>& kept) {
     out.stream.push_back(0);
 }
 
-void pack_masked(PackedWeight& out, const Csr& csr, int64_t rows_per_group, const std::vector<Column>& columns, int64_t cols) {
+void pack_masked(PackedWeight& out, const Csr& csr, int64_t rows_per_group, const std::vector<Column>& columns, int64_t cols, int64_t block) {
     const int64_t rows = static_cast<int64_t>(csr.row_start.size()) - 1;
+    out.blocks = std::max<int64_t>(1, (cols + block / 2) / block);
+    std::vector<int64_t> next(csr.row_start.begin(), csr.row_start.end() - 1);  // of each row
+    for (int64_t b = 0; b < out.blocks; ++b)
+        for (int64_t r0 = 0; r0 < rows; r0 += 4) {
+            std::vector<Kept> kept;
+            for (int64_t r = r0; r < std::min(rows, r0 + 4); ++r)
+                for (int64_t& i = next[r]; i < csr.row_start[r + 1] && csr.col[i] < cols * (b + 1) / out.blocks; ++i)
+                    kept.push_back({columns[r / rows_per_group * cols + csr.col[i]].offset, static_cast<int>(r - r0), csr.value[i]});
+            out.start.push_back(static_cast<int64_t>(out.stream.size()));
+            pack_four(out, kept);
+        }
     for (int64_t r0 = 0; r0 < rows; r0 += 4) {
-        std::vector<Kept> kept;
-        for (int64_t r = r0; r < std::min(rows, r0 + 4); ++r)
-            for (int64_t i = csr.row_start[r]; i < csr.row_start[r + 1]; ++i)
-                kept.push_back({columns[r / rows_per_group * cols + csr.col[i]].offset, static_cast<int>(r - r0), csr.value[i]});
-        out.start.push_back(static_cast<int64_t>(out.stream.size()));
         out.cuts.push_back(r0);
         out.cost.push_back(csr.row_start[r0]);
-        pack_four(out, kept);
     }
 }
 
@@ -152,7 +157,7 @@ Csr weight_csr(const Weight& weight) {
 }
 
 PackedWeight pack_weight(WeightKind kind, const Weight& weight, int64_t groups, const std::vector<Column>& columns,
-                         int32_t dense_block_rows, int unroll) {
+                         int32_t dense_block_rows, int unroll, int64_t block) {
     PackedWeight out;
     out.kind = kind;
     const Csr csr = weight_csr(weight);
@@ -162,7 +167,7 @@ PackedWeight pack_weight(WeightKind kind, const Weight& weight, int64_t groups, 
             pack_single(out, csr, rows_per_group, columns, cols, unroll);
             narrow(out, columns);
             break;
-        case WeightKind::masked: pack_masked(out, csr, rows_per_group, columns, cols); break;
+        case WeightKind::masked: pack_masked(out, csr, rows_per_group, columns, cols, block); break;
         case WeightKind::dense: pack_dense(out, csr, groups, rows_per_group, columns, cols, dense_block_rows); break;
     }
     out.cuts.push_back(rows);

@@ -12,12 +12,13 @@ namespace sparseprune {
 
 struct PackedWeight {
     WeightKind kind = WeightKind::single;
-    std::vector<int64_t> start;      // single: rows * groups + 1; masked: one a group of 4
+    std::vector<int64_t> start;      // single: rows * groups + 1; masked: one a block of columns and group of 4 rows
     std::vector<Entry> entries;      // single: one of the two is filled
     std::vector<NarrowEntry> narrow;
     int64_t narrow_base = 0;
     std::vector<int32_t> shifts;     // single: lane shift of each group, the first is 0
     std::vector<int32_t> stream;     // masked
+    int64_t blocks = 1;              // masked: of columns
     std::vector<float> dense;        // dense: [block][col][R]
     std::vector<int32_t> dense_offsets;
     int64_t dense_rows_per_group = 0, dense_group_offset = 0;
@@ -43,9 +44,9 @@ struct Column {
 };
 
 // columns: one for each (convolution group, column), group-major; all shifts 0 unless kind is single.
-// unroll: kind single has a multiple of so many entries for each row and shift.
+// unroll: kind single has a multiple of so many entries for each row and shift. block: kind masked has blocks of about so many columns.
 PackedWeight pack_weight(WeightKind kind, const Weight& weight, int64_t groups, const std::vector<Column>& columns,
-                         int32_t dense_block_rows, int unroll);
+                         int32_t dense_block_rows, int unroll, int64_t block);
 
 // Row r, column c, value of every kept weight, in order.
 Csr weight_csr(const Weight& weight);

@@ -359,6 +359,8 @@ void multiply(const Kernels& k, const ConvPlan& plan, const Share& share, const 
     job.row_edges = plan.edges.data();
     job.unroll = plan.unroll;
     job.stream_start = w.start.data();
+    job.stream_blocks = w.blocks;
+    job.stream_groups = (w.cuts.back() + 3) / 4;
     job.stream = w.stream.data();
     job.dense = w.dense.data();
     job.dense_offsets = w.dense_offsets.data();

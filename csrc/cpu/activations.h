@@ -2,9 +2,6 @@
 // Their error bounds are the table of tests/native/fuzz_tensor.cpp: a few ulp each, gelu 5e-7 * max(1, |x|).
 #pragma once
 
-// These are called from many places, and a V that is no register would travel through memory.
-#define SPARSEPRUNE_INLINE inline __attribute__((always_inline))
-
 template <int N>
 SPARSEPRUNE_INLINE V polynomial(V x, const float (&c)[N]) {  // c[0] is of the highest power
     V p = set1(c[0]);

@@ -73,9 +73,10 @@ struct SpmmJob {
     const uint16_t* row_edges;    // by vector of a tile: 0 where a row of pixels starts
     const uint16_t* tap_masks;    // flat planes, one group a tap: lanes whose tap is inside the image, groups * tile vectors; or null
     int32_t unroll;               // 1, 2 or 4 accumulators a vector; entries come in multiples of it
-    // groups of 4 rows, columns sorted by mask: stream[group] points at words of (count << 4 | mask), then for each of count
-    // columns its offset and popcount(mask) values; 0 ends
+    // groups of 4 rows, columns sorted by mask: stream_start[block * stream_groups + group] is the first of words (count << 4 | mask),
+    // each followed by, for each of count columns, its offset and popcount(mask) values; 0 ends
     const int64_t* stream_start;
+    int64_t stream_blocks, stream_groups;  // blocks of columns, whose inputs stay in the first-level cache from group to group
     const int32_t* stream;
     // dense: values[block][k][R], column offsets shared by all rows of a group of the convolution
     const float* dense;

@@ -2,6 +2,9 @@
 // in: packed input, reached through float offsets; out: (rows, plane). T: vectors a tile, U: accumulators a vector.
 #pragma once
 
+// For what is called from many places: a V that is no register would travel through memory.
+#define SPARSEPRUNE_INLINE inline __attribute__((always_inline))
+
 // The activations that fit the epilogue; ifs rather than a switch, which becomes an indirect jump.
 inline V activate(V v, const Activation& act) {
     if (act.kind == Act::none) return v;
@@ -175,7 +178,7 @@ void tap_rows(const SpmmJob& job, const Tile& tile) {
 
 // Four rows, columns of one mask: a loaded vector serves every row that keeps the column.
 template <int T, int M>
-inline const int32_t* masked_columns(const float* in, const int32_t* word, int count, V (*acc)[T]) {
+SPARSEPRUNE_INLINE const int32_t* masked_columns(const float* in, const int32_t* word, int count, V (*acc)[T]) {
     for (int i = 0; i < count; ++i) {
         const float* p = in + *word++;
         V x[T];
@@ -192,30 +195,44 @@ inline const int32_t* masked_columns(const float* in, const int32_t* word, int c
 }
 
 template <int T>
+SPARSEPRUNE_INLINE void masked_sums(const float* in, const int32_t* word, V (*acc)[T]) {
+    while (const int32_t head = *word++) {
+        const int count = head >> 4;
+        switch (head & 15) {
+#define SPARSEPRUNE_MASK(m) \
+    case m: word = masked_columns<T, m>(in, word, count, acc); break;
+            SPARSEPRUNE_MASK(1) SPARSEPRUNE_MASK(2) SPARSEPRUNE_MASK(3) SPARSEPRUNE_MASK(4) SPARSEPRUNE_MASK(5)
+            SPARSEPRUNE_MASK(6) SPARSEPRUNE_MASK(7) SPARSEPRUNE_MASK(8) SPARSEPRUNE_MASK(9) SPARSEPRUNE_MASK(10)
+            SPARSEPRUNE_MASK(11) SPARSEPRUNE_MASK(12) SPARSEPRUNE_MASK(13) SPARSEPRUNE_MASK(14) SPARSEPRUNE_MASK(15)
+#undef SPARSEPRUNE_MASK
+            default: break;
+        }
+    }
+}
+
+// Block of columns by block; the sums wait in the output.
+template <int T>
 void masked_rows(const SpmmJob& job, const Tile& tile) {
     const float* in = job.in + tile.in;
     const Target to = target_of(job, tile);
-    for (int64_t row = job.row_begin; row < job.row_end; row += 4) {
-        V acc[4][T];
-        for (int r = 0; r < 4; ++r) {
-            const V first = row + r < job.row_end ? bias_of(to, row + r) : zero();
-            for (int t = 0; t < T; ++t) acc[r][t] = first;
-        }
-        const int32_t* word = job.stream + job.stream_start[row / 4];
-        while (const int32_t head = *word++) {
-            const int count = head >> 4;
-            switch (head & 15) {
-#define SPARSEPRUNE_MASK(m) \
-    case m: word = masked_columns<T, m>(in, word, count, acc); break;
-                SPARSEPRUNE_MASK(1) SPARSEPRUNE_MASK(2) SPARSEPRUNE_MASK(3) SPARSEPRUNE_MASK(4) SPARSEPRUNE_MASK(5)
-                SPARSEPRUNE_MASK(6) SPARSEPRUNE_MASK(7) SPARSEPRUNE_MASK(8) SPARSEPRUNE_MASK(9) SPARSEPRUNE_MASK(10)
-                SPARSEPRUNE_MASK(11) SPARSEPRUNE_MASK(12) SPARSEPRUNE_MASK(13) SPARSEPRUNE_MASK(14) SPARSEPRUNE_MASK(15)
-#undef SPARSEPRUNE_MASK
-                default: break;
+    for (int64_t block = 0; block < job.stream_blocks; ++block) {
+        const int64_t* start = job.stream_start + block * job.stream_groups;
+        for (int64_t row = job.row_begin; row < job.row_end; row += 4) {
+            V acc[4][T];
+            for (int r = 0; r < 4; ++r) {
+                const int64_t at = row + r < job.row_end ? row + r : row;
+                const V first = block ? zero() : bias_of(to, at);
+                for (int t = 0; t < T; ++t) acc[r][t] = block ? loadu(to.out + at * to.plane + t * kLanes) : first;
+            }
+            masked_sums<T>(in, job.stream + start[row / 4], acc);
+            for (int r = 0; r < 4 && row + r < job.row_end; ++r) {
+                if (block + 1 == job.stream_blocks) {
+                    store_row<T>(to, row + r, acc[r]);
+                } else {
+                    for (int t = 0; t < T; ++t) storeu(to.out + (row + r) * to.plane + t * kLanes, acc[r][t]);
+                }
             }
         }
-        for (int64_t r = 0; r < 4 && row + r < job.row_end; ++r)
-            store_row<T>(to, row + r, acc[r]);
     }
 }
 

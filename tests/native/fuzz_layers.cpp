@@ -75,9 +75,21 @@ Case random_case(Random& r) {
         cin = per_group = 1;
     }
     if (node.op == Op::linear) cin = pick(r, 1, 90);
+    const bool deep = node.op == Op::conv && !r.small() && pick(r, 0, 9) == 0;  // columns in blocks
+    if (deep) {
+        node.groups = 1;
+        cin = pick(r, 60, 150);
+        if (pick(r, 0, 3) == 0) per_group = pick(r, 300, 400);  // and rows in parts
+    }
     const int64_t batches[] = {1, 1, 2, 3, 9};
     c.in = {batches[pick(r, 0, 4)], cin * node.groups, 1, 1};
     if (node.op == Op::conv) choose_window(r, c, node);
+    if (deep) {
+        node.window = Window{};
+        node.window.kernel = {3, 3};
+        node.window.padding = {1, 1, 1, 1};
+        c.in = {1, cin, pick(r, 1, 6), pick(r, 7, 33)};
+    }
     const Window& w = node.window;
     const int64_t oc = per_group * node.groups, taps = w.kernel[0] * w.kernel[1];
     if (r.small()) shrink(c, node, oc);
