@@ -46,7 +46,7 @@ class Plan:
     items: int = 25_600  # single ones, to train the base on
     train_canvases: int = 16_000
     epochs: int = 2
-    finetune_canvases: int = 10_000
+    finetune_canvases: int = 24_000
     test_canvases: int = 1_000
     shares: tuple[float, ...] = SHARES
     tune: Literal["measure", "fixed"] = "measure"  # how `convert` chooses
