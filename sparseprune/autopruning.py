@@ -158,6 +158,14 @@ def _grid(table: LatencyTable, sparsities: Sequence[float] | None, method: Error
 def _check(latency_ms: float | None, speedup: float | None, tolerance: float, rounds: int, trials: int) -> None:
     if (latency_ms is None) == (speedup is None):
         raise ValueError(f"expected exactly one of latency_ms and speedup, got {latency_ms!r} and {speedup!r}")
+    given = {"latency_ms": latency_ms, "speedup": speedup}
+    numbers = {name: value for name, value in given.items() if value is not None} | {"tolerance": tolerance}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
+    for name, count in (("rounds", rounds), ("trials", trials)):
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"{name}={count!r}: expected a whole number, got {type(count).__name__}")
     if latency_ms is not None and not (latency_ms > 0 and math.isfinite(latency_ms)):
         raise ValueError(f"latency_ms={latency_ms} must be positive and finite")
     if speedup is not None and not (speedup > 1 and math.isfinite(speedup)):

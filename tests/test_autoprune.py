@@ -492,6 +492,17 @@ def test_bad_arguments_are_named_and_change_nothing(options: dict[str, Any], mes
     assert {k: v.tolist() for k, v in model.state_dict().items()} == {k: v.tolist() for k, v in before.items()}
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    ({"speedup": "2"}, "speedup='2': expected a number, got str"),
+    ({"latency_ms": True}, "latency_ms=True: expected a number"),
+    ({"latency_ms": 2, "rounds": 1.5}, "rounds=1.5: expected a whole number, got float"),
+    ({"latency_ms": 2, "tolerance": None}, "tolerance"),
+])  # fmt: skip
+def test_arguments_of_other_types_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        run(network(), **options)
+
+
 def test_an_error_on_the_way_changes_nothing() -> None:
     model = network()
     before = copy.deepcopy(model.state_dict())
