@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from old_torch import fixes_another_size
 from test_random_graphs import ACTS, Builder
 from test_random_graphs import check as check_native
 from torch import Tensor, nn
@@ -25,8 +26,6 @@ from sparseprune.graph.ir import Graph, Weight
 from sparseprune.graph.reference import run_reference
 
 IMAGE = (2, 3, 9, 8)
-# torch 2.6 exports some models that concatenate and cut with the example's batch size only (docs/reliability.md)
-OLD_EXPORT = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7)
 
 
 class Function(nn.Module):
@@ -67,11 +66,6 @@ def randomize(model: nn.Module, dead: float = 0.4) -> nn.Module:
     return model.eval()
 
 
-def fixes_another_size(graph: Graph, shapes: Any) -> bool:
-    pairs = zip(graph.inputs, shapes, strict=True)
-    return any(isinstance(d, int) and d != n for given, shape in pairs for d, n in zip(given.shape, shape, strict=True))
-
-
 def compare(
     model: nn.Module, *shapes: tuple[int, ...], others: Any = (), least: int = 1, converted: bool = False
 ) -> Graph:
@@ -86,7 +80,7 @@ def compare(
     oracle, program = copy.deepcopy(model).eval().double(), runtime.Program(graph.to_bytes())
     fast = sparseprune.convert(model, args, tune="fixed") if converted else None
     for sizes in [shapes, *others]:
-        if OLD_EXPORT and fixes_another_size(graph, sizes):
+        if fixes_another_size(graph, sizes):
             continue
         args = tuple(torch.randn(size, generator=torch.Generator().manual_seed(2)) for size in sizes)
         with torch.no_grad():

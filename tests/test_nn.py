@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from old_torch import traced_weights
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
@@ -139,6 +140,7 @@ def test_wrong_arguments() -> None:
         sparse(torch.zeros(2, 4))
 
 
+@traced_weights
 def test_in_compiled_and_exported_code() -> None:
     model = nn.Sequential(SparseConv2d.from_conv2d(thinned(nn.Conv2d(3, 4, 3))), nn.ReLU()).eval()
     x = torch.randn(2, 3, 8, 8)

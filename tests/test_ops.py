@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from old_torch import traced_weights
 from torch import Tensor, nn
 
 from sparseprune import BlockCSR, ops
@@ -129,7 +130,7 @@ def test_a_default_device_is_no_matter() -> None:
     assert torch.equal(y, ops.linear(x, weight))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=traced_weights)])
 def test_outputs_carry_no_gradient(compiled: bool) -> None:
     weight, bias = BlockCSR.from_dense(sparse_weight(4, 6)), torch.ones(4, requires_grad=True)
     x = torch.randn(2, 6, requires_grad=True)
@@ -168,6 +169,7 @@ class Network(nn.Module):
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
+@traced_weights
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend: str) -> None:
     torch.compiler.reset()
@@ -187,7 +189,7 @@ def test_the_registration_layer_is_bypassed_in_eager(monkeypatch: pytest.MonkeyP
     Network()(X)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=traced_weights)])
 def test_export(strict: bool, tmp_path: Any) -> None:
     model = Network().eval()
     exported = torch.export.export(model, (X,), strict=strict)
@@ -199,6 +201,7 @@ def test_export(strict: bool, tmp_path: Any) -> None:
         assert type(y) is Tensor and torch.equal(y, model(X))
 
 
+@traced_weights
 def test_export_with_a_dynamic_batch() -> None:
     model = Network().eval()
     exported = torch.export.export(model, (X,), dynamic_shapes=({0: torch.export.Dim("n")},)).module()
@@ -206,7 +209,7 @@ def test_export_with_a_dynamic_batch() -> None:
     assert torch.equal(exported(x), model(x))
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=traced_weights)])
 def test_an_exported_weight_is_packed_once(strict: bool) -> None:
     ops._weights.clear()
     program = torch.export.export(Network().eval(), (X,), strict=strict).module()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from old_torch import open_sizes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -94,7 +95,9 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("name", zoo.NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[open_sizes] if n == "yolov4-tiny" else []) for n in zoo.NETWORKS]
+)
 def test_one_native_program_that_runs_without_torch(name: str, tmp_path: Path) -> None:
     network = zoo.NETWORKS[name]
     model = NARROWER.get(name, network.factory)()
