@@ -106,15 +106,17 @@ void pack_masked(PackedWeight& out, const Csr& csr, int64_t rows_per_group, cons
     const int64_t rows = static_cast<int64_t>(csr.row_start.size()) - 1;
     out.blocks = std::max<int64_t>(1, (cols + block / 2) / block);
     std::vector<int64_t> next(csr.row_start.begin(), csr.row_start.end() - 1);  // of each row
-    for (int64_t b = 0; b < out.blocks; ++b)
+    for (int64_t b = 0; b < out.blocks; ++b) {
+        const int64_t end = cols * (b + 1) / out.blocks;
         for (int64_t r0 = 0; r0 < rows; r0 += 4) {
             std::vector<Kept> kept;
             for (int64_t r = r0; r < std::min(rows, r0 + 4); ++r)
-                for (int64_t& i = next[r]; i < csr.row_start[r + 1] && csr.col[i] < cols * (b + 1) / out.blocks; ++i)
+                for (int64_t& i = next[r]; i < csr.row_start[r + 1] && csr.col[i] < end; ++i)
                     kept.push_back({columns[r / rows_per_group * cols + csr.col[i]].offset, static_cast<int>(r - r0), csr.value[i]});
             out.start.push_back(static_cast<int64_t>(out.stream.size()));
             pack_four(out, kept);
         }
+    }
     for (int64_t r0 = 0; r0 < rows; r0 += 4) {
         out.cuts.push_back(r0);
         out.cost.push_back(csr.row_start[r0]);
