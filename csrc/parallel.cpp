@@ -20,7 +20,8 @@ namespace sparseprune {
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr auto kSpin = std::chrono::microseconds(200);  // how long an idle worker looks for the next job before it sleeps
+// How long an idle worker looks for the next job before it sleeps: longer than a caller takes between two calls in a row.
+constexpr auto kSpin = std::chrono::microseconds(300);
 
 inline void pause() {
 #if defined(__x86_64__)
