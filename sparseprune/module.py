@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
@@ -218,10 +217,10 @@ class SparseModule(nn.Module):
 
     def _run(self, program: runtime.Program, leaves: list[Tensor]) -> Any:
         plan = program.plan(*(tuple(x.shape) for x in leaves))
-        inputs = [(x.detach() if x.requires_grad else x).contiguous().numpy() for x in leaves]
-        outputs = [np.empty(shape, np.float32) for shape in plan.output_shapes]
-        plan.run(inputs, outputs)
-        return runtime.nest(program._tree, map(torch.from_numpy, outputs))
+        inputs = [x.detach().contiguous().numpy() for x in leaves]
+        outputs = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in plan.output_shapes]
+        plan.run(inputs, [y.numpy() for y in outputs])
+        return runtime.nest(program._tree, iter(outputs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseModule:
         return SparseModule(self._converted, self._convert)  # the program is immutable
